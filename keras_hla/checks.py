@@ -1,0 +1,135 @@
+"""Argument checks of the functions and the layers; each raises `ValueError`."""
+
+import numbers
+
+import keras
+from keras import ops
+import numpy as np
+
+
+def check_positive_int(name, value, optional=False):
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        allowed = "a positive integer" + (" or None" if optional else "")
+        raise ValueError(f"Argument `{name}` must be {allowed}. Received: {name}={value!r}")
+
+
+def check_choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(
+            f"Argument `{name}` must be one of {list(allowed)}. Received: {name}={value!r}"
+        )
+
+
+def check_rank(rank, axes, **tensors):
+    for name, tensor in tensors.items():
+        if len(tensor.shape) != rank:
+            raise ValueError(
+                f"Argument `{name}` must have shape {axes}. "
+                f"Received: {name}.shape={tuple(tensor.shape)}"
+            )
+
+
+def check_head_groups(num_heads, num_key_value_heads):
+    if num_heads % num_key_value_heads:
+        raise ValueError(
+            "The number of key and value heads must divide the number of query heads "
+            f"(`num_heads`). Received: num_heads={num_heads}, "
+            f"num_key_value_heads={num_key_value_heads}"
+        )
+
+
+def check_attention_inputs(query, key, value):
+    """Checks that `(batch, length, heads, dim)` tensors fit together."""
+    received = ", ".join(
+        f"{name}.shape={tuple(x.shape)}"
+        for name, x in (("query", query), ("key", key), ("value", value))
+    )
+    if not _equal(query.shape[0], key.shape[0], value.shape[0]):
+        raise ValueError(
+            "Arguments `query`, `key` and `value` must have the same batch size. "
+            f"Received: {received}"
+        )
+    if not _equal(query.shape[1], key.shape[1], value.shape[1]):
+        raise ValueError(
+            f"Arguments `query`, `key` and `value` must have the same length. Received: {received}"
+        )
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"Arguments `query` and `key` must have the same last dimension. Received: {received}"
+        )
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(
+            f"Arguments `key` and `value` must have the same number of heads. Received: {received}"
+        )
+    check_head_groups(query.shape[2], key.shape[2])
+    dtypes = [keras.backend.standardize_dtype(x.dtype) for x in (query, key, value)]
+    if len(set(dtypes)) > 1 or "float" not in dtypes[0]:
+        raise ValueError(
+            "Arguments `query`, `key` and `value` must have the same floating dtype. "
+            f"Received: query, key and value of dtypes {dtypes}"
+        )
+
+
+def check_log_decay(log_decay, batch, length, heads):
+    """Returns `log_decay` as an array or tensor that broadcasts to `(batch, length, heads)`.
+
+    Args:
+        log_decay: a number, an array, a tensor, or `None`.
+        batch: batch size, or `None` if unknown.
+        length: length, or `None` if unknown.
+        heads: tuple of the allowed numbers of heads.
+    """
+    if log_decay is None:
+        return None
+    if isinstance(log_decay, numbers.Number | list | tuple | np.ndarray):
+        log_decay = np.asarray(log_decay, dtype="float64")
+        if not np.all((log_decay <= 0) & np.isfinite(log_decay)):
+            raise ValueError(
+                "Argument `log_decay` must be finite and <= 0: decays lie in (0, 1]. "
+                f"Received: log_decay={log_decay}"
+            )
+    shape = tuple(log_decay.shape)
+    padded = (1,) * (3 - len(shape)) + shape
+    allowed = ((1, batch), (1, length), (1, *heads))
+    if len(padded) != 3 or not all(
+        any(_equal(size, option) for option in options)
+        for size, options in zip(padded, allowed, strict=True)
+    ):
+        raise ValueError(
+            "Argument `log_decay` must be broadcastable to (batch, length, heads) = "
+            f"({batch}, {length}, {' or '.join(map(str, dict.fromkeys(heads)))}). "
+            f"Received: log_decay.shape={shape}"
+        )
+    return log_decay
+
+
+def check_mask(mask, batch, length):
+    shape = tuple(mask.shape)
+    if len(shape) != 2 or not _equal(shape[0], batch) or not _equal(shape[1], length):
+        raise ValueError(
+            f"Argument `mask` must have shape (batch, length) = ({batch}, {length}). "
+            f"Received: mask.shape={shape}"
+        )
+
+
+def check_states(name, states, batch, shapes, state_names):
+    """Checks a list of states against the shapes that follow the batch axis."""
+    if not isinstance(states, list | tuple) or len(states) != len(shapes):
+        what = f"{len(states)} values" if isinstance(states, list | tuple) else type(states)
+        raise ValueError(
+            f"Argument `{name}` must be a list of the states {list(state_names)}. Received: {what}"
+        )
+    for state, shape, state_name in zip(states, shapes, state_names, strict=True):
+        expected, received = (batch, *shape), tuple(ops.shape(state))
+        if len(received) != len(expected) or not all(map(_equal, received, expected)):
+            raise ValueError(
+                f"The state {state_name} in argument `{name}` must have shape {expected}. "
+                f"Received: shape {received}"
+            )
+
+
+def _equal(*sizes):
+    """Whether sizes are equal, as far as they are known at trace time."""
+    return len({size for size in sizes if isinstance(size, int)}) <= 1

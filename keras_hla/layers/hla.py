@@ -1,0 +1,231 @@
+"""The layer: its cell's loop, evaluated in parallel."""
+
+import keras
+from keras import ops
+
+from keras_hla.checks import check_mask, check_positive_int, check_rank, check_states
+from keras_hla.layers.hla_cell import HLACell
+from keras_hla.ops import higher_order_attention
+
+
+@keras.saving.register_keras_serializable(package="keras_hla")
+class HLA(keras.layers.Layer):
+    """Higher-order linear attention over a sequence, causal, in linear time.
+
+    `HLA` is to `HLACell` what `keras.layers.GRU` is to `keras.layers.GRUCell`.
+    Per head, with `a(j→t)` the product of the decays after token `j` up to `t`,
+    the default operator `"hla2"` computes
+
+        o_t = Σ_{i≤j≤t} a(i→t) a(j→t) (q_t·k_i) (k_i·q_j) v_j
+
+    in chunks: all chunks at once, and no loop over tokens. A sequence may come
+    in pieces of any length, with the state of one handed to the next.
+
+    Args:
+        num_heads: Number of query heads.
+        key_dim: Size of each query and key head.
+        value_dim: Size of each value head. `None` is `key_dim`.
+        return_sequences: Whether to return the output of every token (the
+            default, unlike in `keras.layers.GRU`) or of the last one.
+        return_state: Whether to return the last state besides the output.
+        stateful: Whether each batch starts from the state in which the one
+            before ended. It needs a fixed batch size. The state is kept in
+            non-trainable variables.
+        chunk_size: Largest number of tokens of a chunk. It changes time and
+            memory, not the result. `None` chooses.
+        **kwargs: Arguments of `HLACell` (`num_key_value_heads`, `operator`,
+            `decay`, `rope_max_wavelength`, `scale`, `output_norm`, `use_bias`,
+            `kernel_initializer`, `bias_initializer`) and of
+            `keras.layers.Layer`.
+
+    Call arguments:
+        sequences: Tensor of shape `(batch, length, features)`.
+        initial_state: List of states as returned with `return_state=True`, of
+            shapes `(batch, *size)` for the entries of `layer.cell.state_size`.
+            `None` is the state before the first token.
+        mask: Boolean tensor of shape `(batch, length)`, true where a token
+            counts. The others leave the state unchanged, whatever they hold,
+            and have outputs of zero.
+
+    Returns:
+        A tensor of shape `(batch, length, features)`, or `(batch, features)`
+        with `return_sequences=False`. With `return_state=True` a tuple of that
+        tensor and the states, float32 (float64 under a float64 policy): for
+        `"hla2"` `S`, `(batch, num_key_value_heads, key_dim, key_dim)` (as many
+        as `num_heads` where decays differ by head); `F`, `(batch, num_heads,
+        key_dim, value_dim)`; and the position, `(batch, 1)`, if there is a
+        rotary embedding.
+
+    Raises:
+        ValueError: if an argument is outside of what it may be.
+
+    Example:
+
+    >>> tokens = keras.Input((None,), dtype="int32")
+    >>> x = keras.layers.Embedding(256, 64)(tokens)
+    >>> x = x + keras_hla.layers.HLA(num_heads=4, key_dim=16, decay="input")(x)
+    >>> model = keras.Model(tokens, keras.layers.Dense(256)(x))
+
+    Reference:
+
+    - [Higher-order Linear Attention](https://arxiv.org/abs/2510.27258)
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        key_dim,
+        value_dim=None,
+        return_sequences=True,
+        return_state=False,
+        stateful=False,
+        chunk_size=None,
+        name=None,
+        trainable=True,
+        dtype=None,
+        **kwargs,
+    ):
+        # Without autocasting, states stay float32; the cell's projections cast for themselves.
+        super().__init__(name=name, trainable=trainable, dtype=dtype, autocast=False)
+        check_positive_int("chunk_size", chunk_size, optional=True)
+        self.cell = HLACell(
+            num_heads, key_dim, value_dim, name="cell", dtype=self.dtype_policy, **kwargs
+        )
+        self.return_sequences = return_sequences
+        self.return_state = return_state
+        self.stateful = stateful
+        self.chunk_size = chunk_size
+        self.supports_masking = True
+
+    def build(self, sequences_shape, initial_state_shape=None):
+        batch, _, features = sequences_shape
+        self.cell.build((batch, features))
+        if self.stateful:
+            if batch is None:
+                raise ValueError(
+                    "`stateful=True` needs a fixed batch size, as in `Input(batch_shape=...)`. "
+                    f"Received: inputs of shape {tuple(sequences_shape)}"
+                )
+            self.states = [
+                self.add_weight(
+                    name=f"state_{name}",
+                    shape=(batch, *size),
+                    initializer="zeros",
+                    dtype=self.cell.state_dtype,
+                    trainable=False,
+                    autocast=False,
+                )
+                for name, size in zip(self.cell.state_names, self.cell.state_size, strict=True)
+            ]
+
+    def get_initial_state(self, batch_size):
+        """Returns the list of states before the first token."""
+        return self.cell.get_initial_state(batch_size)
+
+    def reset_state(self):
+        """Sets the state of a `stateful` layer back to that before the first token."""
+        if self.stateful and self.built:
+            for state in self.states:
+                state.assign(ops.zeros(state.shape, state.dtype))
+
+    def call(self, sequences, initial_state=None, mask=None):
+        if mask is None:  # Keras fills it in only where `sequences` is the one tensor.
+            mask = getattr(sequences, "_keras_mask", None)
+        check_rank(3, "(batch, length, features)", sequences=sequences)
+        if mask is not None:
+            check_mask(mask, *sequences.shape[:2])
+            sequences = ops.where(ops.cast(mask, "bool")[..., None], sequences, 0)
+        states = self._starting_states(sequences, initial_state)
+        memory = states and states[: len(self.cell.operator.state_names)]
+        position, end = None, []
+        if self.cell.rope_max_wavelength is not None:
+            start = states[-1] if states else ops.zeros((1, 1), self.cell.state_dtype)
+            position, end = self._positions(sequences, mask, start)
+        query, key, value, log_decay = self.cell.project(sequences, position)
+        output, memory = higher_order_attention(
+            query,
+            key,
+            value,
+            self.cell.operator,
+            log_decay=log_decay,
+            mask=mask,
+            initial_state=memory,
+            return_state=True,
+            chunk_size=self.chunk_size,
+        )
+        states = [*memory, *end]
+        if self.stateful:
+            for variable, state in zip(self.states, states, strict=True):
+                variable.assign(state)
+        output = self.cell.finish(output)
+        if mask is not None:
+            output = ops.where(ops.cast(mask, "bool")[..., None], output, 0)
+        if not self.return_sequences:
+            output = _last(output, mask)
+        return (output, *states) if self.return_state else output
+
+    def _starting_states(self, sequences, initial_state):
+        """The given states, checked; else those of a stateful layer; else `None`."""
+        if initial_state is None and self.stateful:
+            # Copies: the variables are overwritten while torch still needs the values.
+            return [ops.copy(state) for state in self.states]
+        if initial_state is not None:
+            cell = self.cell
+            batch = sequences.shape[0]
+            check_states("initial_state", initial_state, batch, cell.state_size, cell.state_names)
+            return list(initial_state)
+        return None
+
+    def _positions(self, sequences, mask, start):
+        """The tokens' positions, `(batch, length)`, and the list of the next one, `(batch, 1)`."""
+        batch, length, _ = ops.shape(sequences)
+        if mask is None:
+            steps = ops.arange(length, dtype=start.dtype)[None]
+            count = length
+        else:
+            steps = ops.cumsum(ops.cast(mask, start.dtype), axis=1) - 1
+            count = ops.sum(ops.cast(mask, start.dtype), axis=1, keepdims=True)
+        end = ops.broadcast_to(start + ops.cast(count, start.dtype), (batch, 1))
+        return start + steps, [end]
+
+    def compute_mask(self, sequences, previous_mask=None):
+        mask = previous_mask if self.return_sequences else None
+        return [mask] + [None] * len(self.cell.state_size) if self.return_state else mask
+
+    def compute_output_shape(self, sequences_shape, initial_state_shape=None):
+        batch, length, features = sequences_shape
+        output = (batch, length, features) if self.return_sequences else (batch, features)
+        if not self.return_state:
+            return output
+        return (output, *((batch, *size) for size in self.cell.state_size))
+
+    def compute_output_spec(self, sequences, initial_state=None, mask=None):
+        check_rank(3, "(batch, length, features)", sequences=sequences)
+        self._starting_states(sequences, initial_state)  # checks them
+        shapes = self.compute_output_shape(sequences.shape)
+        if not self.return_state:
+            return keras.KerasTensor(shapes, self.compute_dtype)
+        return keras.KerasTensor(shapes[0], self.compute_dtype), *(
+            keras.KerasTensor(shape, self.cell.state_dtype) for shape in shapes[1:]
+        )
+
+    def get_config(self):
+        cell = self.cell.get_config()
+        del cell["name"], cell["trainable"], cell["dtype"]
+        return {
+            **super().get_config(),
+            **cell,
+            "return_sequences": self.return_sequences,
+            "return_state": self.return_state,
+            "stateful": self.stateful,
+            "chunk_size": self.chunk_size,
+        }
+
+
+def _last(output, mask):
+    """The output of the last token that counts, `(batch, features)`."""
+    if mask is None:
+        return output[:, -1]
+    steps = ops.arange(ops.shape(output)[1])
+    last = ops.max(ops.where(ops.cast(mask, "bool"), steps, 0), axis=1)
+    return ops.take_along_axis(output, last[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,56 @@
+"""From the public layout of tensors to the grouped one of the operators, and back.
+
+Public tensors are `(batch, length, heads, dim)`, states `(batch, heads, rows,
+columns)`. Inside, heads are two axes, `(key heads, group)`, so that query heads
+which share a key head broadcast against it.
+"""
+
+from keras import ops
+
+
+def group(x, key_heads):
+    """`(batch, heads, ...)` to `(batch, key_heads, group, ...)`; a single head stays one."""
+    batch, heads, *rest = ops.shape(x)
+    split = (key_heads, heads // key_heads) if heads % key_heads == 0 else (1, heads)
+    return ops.reshape(x, (batch, *split, *rest))
+
+
+def ungroup(x):
+    """`(batch, key heads, group, ...)` to `(batch, heads, ...)`."""
+    batch, key_heads, size, *rest = ops.shape(x)
+    return ops.reshape(x, (batch, key_heads * size, *rest))
+
+
+def group_sequence(x, key_heads):
+    """`(batch, length, heads, dim)` to `(batch, key_heads, group, length, dim)`."""
+    return group(ops.swapaxes(x, 1, 2), key_heads)
+
+
+def ungroup_sequence(x):
+    """`(batch, key heads, group, length, dim)` to `(batch, length, heads, dim)`."""
+    return ops.swapaxes(ungroup(x), 1, 2)
+
+
+def group_log_decay(log_decay, length, key_heads, dtype):
+    """Anything broadcastable to `(batch, length, heads)` to `(batch, key heads, group, length)`.
+
+    Batch and heads keep the size 1 where they do not differ.
+    """
+    log_decay = ops.cast(ops.convert_to_tensor(log_decay), dtype)
+    missing = 3 - len(log_decay.shape)
+    log_decay = ops.reshape(log_decay, (*[1] * missing, *ops.shape(log_decay)))
+    batch, _, heads = ops.shape(log_decay)
+    log_decay = ops.broadcast_to(log_decay, (batch, length, heads))
+    return group(ops.swapaxes(log_decay, 1, 2), key_heads)
+
+
+def apply_mask(mask, query, key, value, log_decay):
+    """Makes the tokens where `mask` is false leave every state as it is and output zero.
+
+    `where` rather than a product: such tokens may hold NaN.
+    """
+    mask = ops.cast(mask, "bool")[:, None, None, :]
+    query, key, value = (ops.where(mask[..., None], x, 0) for x in (query, key, value))
+    if log_decay is not None:
+        log_decay = ops.where(mask, log_decay, 0)
+    return query, key, value, log_decay

@@ -1,0 +1,44 @@
+"""The serial loop over tokens, differentiable on every backend."""
+
+import keras
+from keras import ops
+
+
+def scan_tokens(step, state, inputs):
+    """Calls `output, state = step(state, token)` for one token after the other.
+
+    Args:
+        step: takes the tuple of states and the tuple of one token's inputs.
+        state: tuple of tensors, whose shapes and dtypes `step` keeps.
+        inputs: tuple of tensors whose first axis is the length.
+
+    Returns:
+        The outputs, stacked along the first axis, and the last states.
+    """
+    if keras.config.backend() == "tensorflow":
+        # `keras.ops.scan` wants outputs shaped like states there, and has no gradient under XLA.
+        return _scan_tensorflow(step, state, inputs)
+
+    def body(state, token):
+        output, state = step(state, token)
+        return state, output
+
+    state, outputs = ops.scan(body, state, inputs)
+    return outputs, state
+
+
+def _scan_tensorflow(step, state, inputs):
+    import tensorflow as tf
+
+    length = inputs[0].shape[0]
+    bound = tf.shape(inputs[0])[0] if length is None else length
+    outputs = tf.TensorArray(inputs[0].dtype, size=bound, element_shape=None)
+
+    def body(t, state, outputs):
+        output, state = step(state, tuple(x[t] for x in inputs))
+        return t + 1, state, outputs.write(t, output)
+
+    _, state, outputs = tf.while_loop(
+        lambda t, *_: t < bound, body, (0, tuple(state), outputs), maximum_iterations=bound
+    )
+    return outputs.stack(), state

@@ -1,0 +1,174 @@
+"""The primitive: chunked causal linear attention with one decay per head and token.
+
+    LA_p(q, k, v)_t = q_tᵀ H_t,   H_t = a_t^p H_{t-1} + k_t v_tᵀ
+
+Every operator of the package is a short chain of it. The length is cut into
+chunks. Inside a chunk the output is a masked product of queries and keys, all
+chunks at once; only the states between chunks are scanned, by a product with a
+small triangular matrix. There is no loop.
+
+Shapes are written `(..., n, c, d)`: batch and head axes, chunks, tokens of a
+chunk, features. Decays are held as sums of logarithms and used only as `exp`
+of differences of those sums, which never overflows.
+"""
+
+import math
+
+from keras import ops
+
+# Up to this many states are scanned in one product, more in groups.
+_DIRECT = 32
+# The size of a group where the number of states is unknown at trace time.
+_GROUP = 32
+
+
+class ChunkedScan:
+    """`LA_p` for the decays and the chunk size of one call.
+
+    Args:
+        log_decay: `log a_t`, shape `(..., n, c)`, or `None` for no decay.
+        size: the chunk size `c`.
+        dtype: dtype of the tensors to be scanned.
+    """
+
+    def __init__(self, log_decay, size, dtype):
+        self._decays = log_decay is not None
+        if self._decays:
+            total = ops.cumsum(log_decay, axis=-1)
+            self._within = decay_products(total)
+            self._from_start = ops.exp(total)[..., None]
+            self._to_end = ops.exp(total[..., -1:] - total)[..., None]
+            self._log_chunk = total[..., -1]
+        else:
+            self._within = ops.cast(causal_mask(size), dtype)
+
+    def __call__(self, query, key, value, state=None, power=1):
+        """Returns the outputs, `(..., n, c, dv)`, and the last state, `(..., d, dv)`.
+
+        Args:
+            query: shape `(..., n, c, d)`.
+            key: shape `(..., n, c, d)`.
+            value: shape `(..., n, c, dv)`.
+            state: the state before the first token, `(..., d, dv)`; `None` is zero.
+            power: `p`, a small positive integer.
+        """
+        scores = ops.matmul(query, ops.swapaxes(key, -1, -2))
+        if self._decays:
+            scores = scores * _power(self._within, power)
+            query = query * _power(self._from_start, power)
+            key = key * _power(self._to_end, power)
+            log_chunk = self._log_chunk * power
+        else:
+            scores = scores * self._within
+            log_chunk = None
+        sums = ops.matmul(ops.swapaxes(key, -1, -2), value)
+        entering, last = _carry(sums, log_chunk, state)
+        return ops.matmul(scores, value) + ops.matmul(query, entering), last
+
+
+def causal_mask(n):
+    """The `(n, n)` boolean matrix that is true where the column is not after the row."""
+    index = ops.arange(n)
+    return index[:, None] >= index[None, :]
+
+
+def decay_products(total):
+    """The decay from each token to each later one.
+
+    Args:
+        total: cumulative log-decay, shape `(..., n)`.
+
+    Returns:
+        `exp(total_i - total_j)` where `j <= i`, zero elsewhere; shape `(..., n, n)`.
+    """
+    difference = total[..., :, None] - total[..., None, :]
+    past = causal_mask(ops.shape(total)[-1])
+    return ops.exp(ops.where(past, difference, -math.inf))
+
+
+def _power(decay, power):
+    # Products of a few factors: cheaper than another `exp`, exact for zeros.
+    return math.prod([decay] * power, start=1)
+
+
+def _carry(sums, log_decay, state):
+    """`H_{i+1} = exp(log_decay_i) H_i + sums_i` over chunks; sums `(..., n, d, dv)`.
+
+    Returns the states entering the chunks and the one leaving the last.
+    """
+    *lead, n, rows, columns = ops.shape(sums)
+    flat = ops.reshape(sums, (*lead, n, rows * columns))
+    if state is not None:
+        state = ops.reshape(state, (*ops.shape(state)[:-2], rows * columns))
+    entering, last = _scan(flat, log_decay, state)
+    lead = ops.shape(last)[:-1]  # decays may have more heads than the sums
+    entering = ops.reshape(entering, (*lead, n, rows, columns))
+    return entering, ops.reshape(last, (*lead, rows, columns))
+
+
+def _scan(sums, log_decay, state=None):
+    """`_carry` on flat states: sums `(..., n, f)`, log_decay `(..., n)`, state `(..., f)`."""
+    n = ops.shape(sums)[-2]
+    if isinstance(n, int) and n <= _DIRECT:
+        return _scan_directly(sums, log_decay, state)
+    return _scan_in_groups(sums, log_decay, state)
+
+
+def _scan_directly(sums, log_decay, state):
+    """`_scan` as one product with an `n + 1` x `n` triangular matrix."""
+    if log_decay is None:
+        n = ops.shape(sums)[-2]
+        weights = ops.cast(causal_mask(n + 1), sums.dtype)
+    else:
+        total = ops.cumsum(log_decay, axis=-1)
+        weights = decay_products(pad_axis(total, 1, 0, axis=-1))
+    states = ops.matmul(weights[..., 1:], sums)
+    if state is not None:
+        states = states + weights[..., :1] * state[..., None, :]
+    return states[..., :-1, :], states[..., -1, :]
+
+
+def _scan_in_groups(sums, log_decay, state):
+    """`_scan` in two levels: within groups from zero, then over the groups."""
+    n = ops.shape(sums)[-2]
+    size = math.isqrt(n - 1) + 1 if isinstance(n, int) else _GROUP
+    log_group = None
+    sums = split_axis(sums, size, axis=-2)
+    if log_decay is not None:
+        log_decay = split_axis(log_decay, size, axis=-1)
+        log_group = ops.sum(log_decay, axis=-1)
+    entering, group_sums = _scan(sums, log_decay)
+    scan_groups = _scan if isinstance(n, int) else _scan_directly
+    entering_group, last = scan_groups(group_sums, log_group, state)
+    entering_group = entering_group[..., None, :]
+    if log_decay is not None:
+        before = ops.cumsum(log_decay, axis=-1) - log_decay
+        entering_group = entering_group * ops.exp(before)[..., None]
+    return merge_axis(entering + entering_group, n, axis=-2), last
+
+
+def split_axis(x, size, axis):
+    """Cuts a (negative) axis into pieces of `size`, the last one filled up with zeros."""
+    shape = ops.shape(x)
+    n = shape[axis]
+    extra = (size - n % size) % size
+    x = pad_axis(x, 0, extra, axis)
+    after = shape[axis + 1 :] if axis != -1 else ()
+    return ops.reshape(x, (*shape[:axis], (n + extra) // size, size, *after))
+
+
+def merge_axis(x, n, axis):
+    """Undoes `split_axis`: joins `axis - 1` and `axis` and keeps the first `n` entries."""
+    shape = ops.shape(x)
+    after = shape[axis + 1 :] if axis != -1 else ()
+    x = ops.reshape(x, (*shape[: axis - 1], shape[axis - 1] * shape[axis], *after))
+    return x[(..., slice(n), *[slice(None)] * len(after))]
+
+
+def pad_axis(x, before, after, axis):
+    """Adds zeros along one axis."""
+    if isinstance(after, int) and before == after == 0:
+        return x
+    widths = [(0, 0)] * len(x.shape)
+    widths[axis] = (before, after)
+    return ops.pad(x, widths)
