@@ -1,5 +1,6 @@
 """Argument checks of the functions and the layers; each raises `ValueError`."""
 
+import math
 import numbers
 
 import keras
@@ -12,6 +13,13 @@ def check_positive_int(name, value, optional=False):
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         allowed = "a positive integer" + (" or None" if optional else "")
+        raise ValueError(f"Argument `{name}` must be {allowed}. Received: {name}={value!r}")
+
+
+def check_number(name, value, allowed, valid=lambda value: True):
+    """Checks a finite real number; `allowed` says in words what `valid` checks besides."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not valid(value):
         raise ValueError(f"Argument `{name}` must be {allowed}. Received: {name}={value!r}")
 
 
@@ -106,6 +114,9 @@ def check_log_decay(log_decay, batch, length, heads):
 
 
 def check_mask(mask, batch, length):
+    dtype = keras.backend.standardize_dtype(mask.dtype)
+    if dtype != "bool" and "int" not in dtype:
+        raise ValueError(f"Argument `mask` must be boolean. Received: mask.dtype={dtype}")
     shape = tuple(mask.shape)
     if len(shape) != 2 or not _equal(shape[0], batch) or not _equal(shape[1], length):
         raise ValueError(

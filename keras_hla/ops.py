@@ -68,8 +68,8 @@ def higher_order_attention(
             numbers and NumPy arrays. If it has one value per query head, each
             query head holds its own moment of the keys it shares. `None` is no
             decay.
-        mask: Boolean tensor of shape `(batch, length)`, true where a token
-            counts. The others leave the state unchanged, whatever they hold,
+        mask: Boolean (or integer) tensor of shape `(batch, length)`, true where
+            a token counts. The others leave the state unchanged, whatever they hold,
             and have outputs of zero.
         initial_state: List of states as returned with `return_state=True`.
         return_state: Whether to return the state after the last token.
@@ -92,12 +92,14 @@ def higher_order_attention(
     >>> output, state = keras_hla.ops.higher_order_attention(
     ...     q, k, v, log_decay=-0.1, return_state=True
     ... )
-    >>> output.shape, [s.shape for s in state]
+    >>> tuple(output.shape), [tuple(s.shape) for s in state]
     ((2, 100, 4, 16), [(2, 4, 16, 16), (2, 4, 16, 16)])
     """
     operator = operators.get(operator)
     check_choice("form", form, FORMS)
     check_positive_int("chunk_size", chunk_size, optional=True)
+    if form != "chunked" and chunk_size is not None:
+        raise ValueError(f"Argument `chunk_size` needs form='chunked'. Received: form={form!r}")
     if form == "matrix" and (return_state or initial_state is not None):
         raise ValueError(
             "Arguments `initial_state` and `return_state` need form='chunked' or "
@@ -148,7 +150,7 @@ def causal_linear_attention(
     Example:
 
     >>> q = k = v = keras.random.normal((2, 100, 4, 16))
-    >>> keras_hla.ops.causal_linear_attention(q, k, v).shape
+    >>> tuple(keras_hla.ops.causal_linear_attention(q, k, v).shape)
     (2, 100, 4, 16)
     """
     return higher_order_attention(
@@ -219,7 +221,7 @@ def _evaluate(
     log_decay = check_log_decay(log_decay, batch, length, (heads, key_heads))
     if mask is not None:
         check_mask(mask, batch, length)
-    if state is not None:
+    if state is not None or evaluate is forms.step:
         own_moments = log_decay is not None and log_decay.shape[-1:] == (heads,)
         shapes = operator.state_shapes(
             heads if own_moments else key_heads, heads, dim, value.shape[3]

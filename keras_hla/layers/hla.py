@@ -98,7 +98,7 @@ class HLA(keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, sequences_shape, initial_state_shape=None):
-        batch, _, features = sequences_shape
+        batch, features = sequences_shape[0], sequences_shape[-1]
         self.cell.build((batch, features))
         if self.stateful:
             if batch is None:
@@ -131,17 +131,13 @@ class HLA(keras.layers.Layer):
     def call(self, sequences, initial_state=None, mask=None):
         if mask is None:  # Keras fills it in only where `sequences` is the one tensor.
             mask = getattr(sequences, "_keras_mask", None)
-        check_rank(3, "(batch, length, features)", sequences=sequences)
+        self._check(sequences, initial_state, mask)
         if mask is not None:
-            check_mask(mask, *sequences.shape[:2])
             sequences = ops.where(ops.cast(mask, "bool")[..., None], sequences, 0)
         states = self._starting_states(sequences, initial_state)
-        memory = states and states[: len(self.cell.operator.state_names)]
-        position, end = None, []
-        if self.cell.rope_max_wavelength is not None:
-            start = states[-1] if states else ops.zeros((1, 1), self.cell.state_dtype)
-            position, end = self._positions(sequences, mask, start)
-        query, key, value, log_decay = self.cell.project(sequences, position)
+        memory, position = self.cell.split_states(states)
+        position, end = self._positions(sequences, mask, *position)
+        query, key, value, log_decay = self.cell.project(sequences, *position)
         output, memory = higher_order_attention(
             query,
             key,
@@ -164,29 +160,38 @@ class HLA(keras.layers.Layer):
             output = _last(output, mask)
         return (output, *states) if self.return_state else output
 
-    def _starting_states(self, sequences, initial_state):
-        """The given states, checked; else those of a stateful layer; else `None`."""
-        if initial_state is None and self.stateful:
-            # Copies: the variables are overwritten while torch still needs the values.
-            return [ops.copy(state) for state in self.states]
+    def _check(self, sequences, initial_state, mask):
+        check_rank(3, "(batch, length, features)", sequences=sequences)
+        batch, length, _ = sequences.shape
+        if mask is not None:
+            check_mask(mask, batch, length)
         if initial_state is not None:
             cell = self.cell
-            batch = sequences.shape[0]
             check_states("initial_state", initial_state, batch, cell.state_size, cell.state_names)
-            return list(initial_state)
-        return None
+        if self.stateful and batch not in (None, self.states[0].shape[0]):
+            raise ValueError(
+                f"The batch size of a stateful layer is fixed to {self.states[0].shape[0]}. "
+                f"Received: sequences.shape={tuple(sequences.shape)}"
+            )
 
-    def _positions(self, sequences, mask, start):
-        """The tokens' positions, `(batch, length)`, and the list of the next one, `(batch, 1)`."""
-        batch, length, _ = ops.shape(sequences)
+    def _starting_states(self, sequences, initial_state):
+        """The given states; else those of a stateful layer; else zeros."""
+        if initial_state is not None:
+            return initial_state
+        if self.stateful:
+            # Copies: the variables are overwritten while torch still needs their values.
+            return [ops.copy(state) for state in self.states]
+        return self.get_initial_state(ops.shape(sequences)[0])
+
+    def _positions(self, sequences, mask, start=None):
+        """The tokens' positions, `(batch, length)`, and the next one, `(batch, 1)`, in lists."""
+        if start is None:
+            return [], []
         if mask is None:
-            steps = ops.arange(length, dtype=start.dtype)[None]
-            count = length
+            count = ops.cast(ops.arange(1, ops.shape(sequences)[1] + 1), start.dtype)[None]
         else:
-            steps = ops.cumsum(ops.cast(mask, start.dtype), axis=1) - 1
-            count = ops.sum(ops.cast(mask, start.dtype), axis=1, keepdims=True)
-        end = ops.broadcast_to(start + ops.cast(count, start.dtype), (batch, 1))
-        return start + steps, [end]
+            count = ops.cumsum(ops.cast(mask, start.dtype), axis=1)
+        return [start + count - 1], [start + count[:, -1:]]
 
     def compute_mask(self, sequences, previous_mask=None):
         mask = previous_mask if self.return_sequences else None
@@ -200,8 +205,7 @@ class HLA(keras.layers.Layer):
         return (output, *((batch, *size) for size in self.cell.state_size))
 
     def compute_output_spec(self, sequences, initial_state=None, mask=None):
-        check_rank(3, "(batch, length, features)", sequences=sequences)
-        self._starting_states(sequences, initial_state)  # checks them
+        self._check(sequences, initial_state, mask)
         shapes = self.compute_output_shape(sequences.shape)
         if not self.return_state:
             return keras.KerasTensor(shapes, self.compute_dtype)

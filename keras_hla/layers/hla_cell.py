@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_hla import operators
-from keras_hla.checks import check_head_groups, check_positive_int
+from keras_hla.checks import check_head_groups, check_number, check_positive_int
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.rotary import rotary_embedding
 from keras_hla.ops import attention_step, state_dtype
@@ -67,7 +67,7 @@ class HLACell(keras.layers.Layer):
     >>> cell = keras_hla.layers.HLACell(num_heads=4, key_dim=16)
     >>> token = keras.random.normal((2, 64))
     >>> output, states = cell(token, cell.get_initial_state(batch_size=2))
-    >>> output.shape
+    >>> tuple(output.shape)
     (2, 64)
 
     Reference:
@@ -97,11 +97,17 @@ class HLACell(keras.layers.Layer):
         check_positive_int("key_dim", key_dim)
         check_positive_int("value_dim", value_dim, optional=True)
         check_positive_int("num_key_value_heads", num_key_value_heads, optional=True)
-        if rope_max_wavelength is not None and (rope_max_wavelength <= 0 or key_dim % 2):
-            raise ValueError(
-                "Argument `rope_max_wavelength` must be None or positive, and then `key_dim` be "
-                f"even. Received: rope_max_wavelength={rope_max_wavelength}, key_dim={key_dim}"
-            )
+        if scale is not None:
+            check_number("scale", scale, "None or a number")
+        if rope_max_wavelength is not None:
+            allowed = "None or a positive number"
+            check_number("rope_max_wavelength", rope_max_wavelength, allowed, lambda x: x > 0)
+            if key_dim % 2:
+                raise ValueError(
+                    "Argument `key_dim` must be even for a rotary embedding "
+                    f"(`rope_max_wavelength`). Received: key_dim={key_dim}, "
+                    f"rope_max_wavelength={rope_max_wavelength}"
+                )
         self.num_heads = num_heads
         self.key_dim = key_dim
         self.value_dim = value_dim or key_dim
@@ -160,13 +166,17 @@ class HLACell(keras.layers.Layer):
         return [ops.zeros((batch_size, *size), self.state_dtype) for size in self.state_size]
 
     def call(self, inputs, states):
-        rope = self.rope_max_wavelength is not None
-        memory, position = (states[:-1], states[-1]) if rope else (states, None)
-        query, key, value, log_decay = self.project(inputs, position[:, 0] if rope else None)
-        output, memory = attention_step(query, key, value, list(memory), self.operator, log_decay)
-        return self.finish(output), [*memory, position + 1] if rope else memory
+        memory, position = self.split_states(states)
+        query, key, value, log_decay = self.project(inputs, *(p[:, 0] for p in position))
+        output, memory = attention_step(query, key, value, memory, self.operator, log_decay)
+        return self.finish(output), [*memory, *(p + 1 for p in position)]
 
-    def project(self, inputs, position):
+    def split_states(self, states):
+        """The operator's states, and a list of the position or of nothing."""
+        memory = len(self.operator.state_names)
+        return list(states[:memory]), list(states[memory:])
+
+    def project(self, inputs, position=None):
         """The operator's inputs for any number of tokens.
 
         Args:

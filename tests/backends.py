@@ -1,0 +1,82 @@
+"""The little that differs between backends in tests."""
+
+import keras
+import numpy as np
+
+
+def to_numpy(x):
+    return np.asarray(keras.ops.convert_to_numpy(x), "float64")
+
+
+def relative_error(actual, expected):
+    """RMS of the difference over RMS of the expected values."""
+    actual, expected = to_numpy(actual), to_numpy(expected)
+    assert actual.shape == expected.shape
+    scale = np.sqrt(np.mean(expected**2))
+    return np.sqrt(np.mean((actual - expected) ** 2)) / scale if scale else np.abs(actual).max()
+
+
+def compiled(function):
+    """The function, compiled under JAX, where op by op is slow."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.jit(function)
+    return function
+
+
+def run(function, *arrays):
+    """The function of float32 arrays."""
+    return compiled(function)(*(keras.ops.convert_to_tensor(x, "float32") for x in arrays))
+
+
+def call(layer, sequences, states=(), **options):
+    """A built layer on arrays."""
+
+    def function(sequences, *states):
+        return layer(sequences, initial_state=list(states) or None, **options)
+
+    return run(function, sequences, *states)
+
+
+def gradients(function, arrays):
+    """The gradients of a scalar function of float32 arrays."""
+    backend = keras.config.backend()
+    tensors = [keras.ops.convert_to_tensor(x, "float32") for x in arrays]
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            result = function(*tensors)
+        found = tape.gradient(result, tensors)
+    elif backend == "jax":
+        import jax
+
+        found = jax.jit(jax.grad(function, argnums=tuple(range(len(tensors)))))(*tensors)
+    else:
+        import torch
+
+        for tensor in tensors:
+            tensor.requires_grad_(True)
+        found = torch.autograd.grad(function(*tensors), tensors)
+    return [to_numpy(x) for x in found]
+
+
+def run_with_unknown_length(function, *arrays):
+    """As `run`, but traced without knowing the size of axis 1, where the backend can."""
+    if keras.config.backend() != "tensorflow":
+        return run(function, *arrays)
+    import tensorflow as tf
+
+    signature = [tf.TensorSpec([x.shape[0], None, *x.shape[2:]], "float32") for x in arrays]
+    return tf.function(function, input_signature=signature)(*arrays)
+
+
+def run_with_xla(function, *arrays):
+    """As `run`, but under XLA where the backend has it."""
+    if keras.config.backend() != "tensorflow":
+        return run(function, *arrays)
+    import tensorflow as tf
+
+    return tf.function(function, jit_compile=True)(*map(tf.constant, arrays))

@@ -1,0 +1,45 @@
+"""Chooses the backend before anything imports Keras: `pytest --backend jax`."""
+
+import os
+
+import pytest
+
+BACKENDS = ("tensorflow", "jax", "torch")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend",
+        choices=BACKENDS,
+        default=os.environ.get("KERAS_BACKEND", "tensorflow"),
+        help="backend of Keras for this run",
+    )
+
+
+def pytest_configure(config):
+    os.environ["KERAS_BACKEND"] = config.getoption("--backend")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import torch  # noqa: F401  # Before TensorFlow: in the other order torch may crash on import.
+
+
+def pytest_report_header(config):
+    import keras
+
+    return f"keras {keras.__version__}, backend {keras.config.backend()}"
+
+
+@pytest.fixture
+def rng():
+    import numpy as np
+
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras():
+    import keras
+
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    yield
+    keras.config.set_dtype_policy("float32")

@@ -1,0 +1,25 @@
+"""Python processes of their own, for what one process cannot show."""
+
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(*arguments, backend=None):
+    """Runs Python from the repository's root, and returns what it printed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if backend is not None:
+        environment["KERAS_BACKEND"] = backend
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout

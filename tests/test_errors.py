@@ -1,0 +1,163 @@
+"""Bad input raises `ValueError` that names the argument and what was received."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_hla import layers, operators, ops
+
+
+def tensors(query=(2, 6, 4, 8), key=(2, 6, 2, 8), value=(2, 6, 2, 5), dtype="float32"):
+    return [np.zeros(shape, dtype) for shape in (query, key, value)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"query": (2, 6, 8)}, r"`query` must have shape .*Received: query.shape=\(2, 6, 8\)"),
+        ({"key": (6, 2, 8)}, r"`key` must have shape .*Received: key.shape=\(6, 2, 8\)"),
+        ({"value": (2, 6, 2, 1, 5)}, r"`value` must have shape .*value.shape=\(2, 6, 2, 1, 5\)"),
+        ({"query": (3, 6, 4, 8)}, r"same batch size.*query.shape=\(3, 6, 4, 8\)"),
+        ({"value": (2, 7, 2, 5)}, r"same length.*value.shape=\(2, 7, 2, 5\)"),
+        ({"key": (2, 6, 2, 9)}, r"same last dimension.*key.shape=\(2, 6, 2, 9\)"),
+        ({"value": (2, 6, 4, 5)}, r"same number of heads.*value.shape=\(2, 6, 4, 5\)"),
+        (
+            {"key": (2, 6, 3, 8), "value": (2, 6, 3, 5)},
+            r"must divide.*num_heads=4, num_key_value_heads=3",
+        ),
+    ],
+)
+def test_shapes(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        ops.higher_order_attention(*tensors(**shapes))
+
+
+def test_dtypes():
+    with pytest.raises(ValueError, match=r"same floating dtype.*int32"):
+        ops.higher_order_attention(*tensors(dtype="int32"))
+    query, key, value = tensors()
+    with pytest.raises(ValueError, match=r"same floating dtype.*float16"):
+        ops.higher_order_attention(query, key, value.astype("float16"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"operator": "hla9"}, "`operator` must be one of .*'hla2'.*Received: operator='hla9'"),
+        ({"operator": None}, "`operator` must be one of .*Received: operator=None"),
+        ({"form": "serial"}, "`form` must be one of .*'chunked'.*Received: form='serial'"),
+        ({"chunk_size": 0}, "`chunk_size` must be a positive integer.*chunk_size=0"),
+        ({"chunk_size": 2.5}, "`chunk_size` must be a positive integer.*chunk_size=2.5"),
+        ({"chunk_size": True}, "`chunk_size` must be a positive integer.*chunk_size=True"),
+        ({"log_decay": 0.1}, "`log_decay` must be finite and <= 0.*log_decay=0.1"),
+        ({"log_decay": [-0.1, 0.2, 0, 0]}, "`log_decay` must be finite and <= 0"),
+        ({"log_decay": -np.inf}, "`log_decay` must be finite and <= 0.*log_decay=-inf"),
+        ({"log_decay": np.nan}, "`log_decay` must be finite and <= 0.*log_decay=nan"),
+        ({"log_decay": np.zeros(3)}, r"`log_decay` must be broadcastable.*shape=\(3,\)"),
+        ({"log_decay": np.zeros((5, 4))}, r"`log_decay` must be broadcastable.*shape=\(5, 4\)"),
+        ({"log_decay": np.zeros((1, 1, 1, 1))}, "`log_decay` must be broadcastable"),
+        ({"mask": np.ones((2, 7), bool)}, r"`mask` must have shape .*mask.shape=\(2, 7\)"),
+        ({"mask": np.ones((2, 6, 1), bool)}, r"`mask` must have shape .*shape=\(2, 6, 1\)"),
+        ({"mask": np.ones((2, 6), "float32")}, "`mask` must be boolean.*float32"),
+        ({"form": "matrix", "return_state": True}, "`return_state`.*Received: form='matrix'"),
+        ({"form": "matrix", "initial_state": []}, "`initial_state`.*Received: form='matrix'"),
+        ({"form": "matrix", "chunk_size": 4}, "`chunk_size` needs form='chunked'.*'matrix'"),
+        ({"form": "recurrent", "chunk_size": 4}, "`chunk_size` needs form='chunked'"),
+        ({"initial_state": np.zeros((2, 2, 8, 8))}, "`initial_state` must be a list"),
+        ({"initial_state": [np.zeros((2, 2, 8, 8))]}, "`initial_state` must be a list.*1 values"),
+        (
+            {"initial_state": [np.zeros((2, 2, 8, 8)), np.zeros((2, 2, 8, 5))]},
+            r"F in argument `initial_state` must have shape \(2, 4, 8, 5\).*\(2, 2, 8, 5\)",
+        ),
+        (
+            {"initial_state": [np.zeros((3, 2, 8, 8)), np.zeros((2, 4, 8, 5))]},
+            r"S in argument `initial_state` must have shape \(2, 2, 8, 8\).*\(3, 2, 8, 8\)",
+        ),
+    ],
+)
+def test_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ops.higher_order_attention(*tensors(), **options)
+
+
+def test_first_order():
+    with pytest.raises(ValueError, match="`chunk_size` must be a positive integer"):
+        ops.causal_linear_attention(*tensors(), chunk_size=-1)
+
+
+def test_step():
+    query, key, value = (x[:, 0] for x in tensors())
+    state = [np.zeros((2, 2, 8, 8), "float32"), np.zeros((2, 4, 8, 5), "float32")]
+    ops.attention_step(query, key, value, state)
+    with pytest.raises(ValueError, match=r"`query` must have shape \(batch, heads, dim\)"):
+        ops.attention_step(query[:, None], key, value, state)
+    with pytest.raises(ValueError, match="`state` must be a list of the states"):
+        ops.attention_step(query, key, value, state[:1])
+    with pytest.raises(ValueError, match=r"`state` must be a list of the states.*NoneType"):
+        ops.attention_step(query, key, value, None)
+    with pytest.raises(ValueError, match="`log_decay` must be broadcastable"):
+        ops.attention_step(query, key, value, state, log_decay=np.zeros((2, 3)))
+
+
+def test_unknown_operator():
+    with pytest.raises(ValueError, match="Received: operator='softmax'"):
+        operators.get("softmax")
+
+
+@pytest.mark.parametrize("layer", [layers.HLA, layers.HLACell])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 0}, "`num_heads` must be a positive integer. Received: num_heads=0"),
+        ({"key_dim": 8.0}, "`key_dim` must be a positive integer. Received: key_dim=8.0"),
+        ({"value_dim": -1}, "`value_dim` must be .* Received: value_dim=-1"),
+        ({"num_key_value_heads": 3}, "must divide.*num_heads=4, num_key_value_heads=3"),
+        ({"num_key_value_heads": 0}, "`num_key_value_heads` must be .*num_key_value_heads=0"),
+        ({"operator": "gla"}, "Received: operator='gla'"),
+        ({"decay": 0.0}, r"`decay` must be None, a number in \(0, 1\].*Received: decay=0.0"),
+        ({"decay": 1.5}, "`decay` must be.*Received: decay=1.5"),
+        ({"decay": float("nan")}, "`decay` must be.*Received: decay=nan"),
+        ({"decay": [0.9, 0.9]}, r"`decay` must be.*4 such numbers.*decay=\[0.9, 0.9\]"),
+        ({"decay": [0.9, 0.9, 0.9, 0]}, "`decay` must be.*Received: decay="),
+        ({"decay": "slow"}, "`decay` must be.*'multiscale'.*Received: decay='slow'"),
+        ({"decay": True}, "`decay` must be.*Received: decay=True"),
+        ({"key_dim": 7}, "`rope_max_wavelength`.*key_dim=7"),
+        ({"rope_max_wavelength": -1}, "`rope_max_wavelength`.*rope_max_wavelength=-1"),
+        ({"rope_max_wavelength": "long"}, "`rope_max_wavelength`.*rope_max_wavelength='long'"),
+        ({"scale": "auto"}, "`scale` must be None or a number. Received: scale='auto'"),
+    ],
+)
+def test_layer_arguments(layer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        layer(**{"num_heads": 4, "key_dim": 8, **arguments})
+
+
+def test_layer_chunk_size():
+    with pytest.raises(ValueError, match=r"`chunk_size` must be .* Received: chunk_size=0"):
+        layers.HLA(4, 8, chunk_size=0)
+
+
+def test_layer_calls():
+    layer = layers.HLA(4, 8)
+    x = np.zeros((2, 6, 16), "float32")
+    with pytest.raises(ValueError, match=r"`sequences` must have shape .*Received.*\(2, 16\)"):
+        layer(x[:, 0])
+    layer(x)
+    states = [np.zeros((2, 4, 8, 8), "float32")] * 2
+    with pytest.raises(ValueError, match=r"`initial_state` must be a list.*'position'"):
+        layer(x, initial_state=states)
+    with pytest.raises(ValueError, match=r"position in argument `initial_state` must have shape"):
+        layer(x, initial_state=[*states, np.zeros((2,), "float32")])
+    with pytest.raises(ValueError, match="`mask` must have shape"):
+        layer(x, mask=np.ones((2, 5), bool))
+    with pytest.raises(ValueError, match="`initial_state` must be a list"):
+        layer(keras.Input((None, 16)), initial_state=[keras.Input((4, 8, 8))])
+
+
+def test_stateful_batch_size():
+    with pytest.raises(ValueError, match=r"fixed batch size.*Received"):
+        layers.HLA(4, 8, stateful=True)(keras.Input((None, 16)))
+    layer = layers.HLA(4, 8, stateful=True)
+    layer(np.zeros((2, 6, 16), "float32"))
+    with pytest.raises(ValueError, match=r"fixed to 2. Received: sequences.shape=\(3, 6, 16\)"):
+        layer(np.zeros((3, 6, 16), "float32"))

@@ -1,0 +1,36 @@
+"""The examples run, in a small size."""
+
+import keras
+import pytest
+from scripts import run_python
+
+
+def test_char_lm(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. a dog ran to the door.\n" * 600)
+    output = run_python(
+        "examples/char_lm.py",
+        *("--backend", keras.config.backend()),
+        *("--text", text, "--steps", 24, "--length", 32, "--output", tmp_path / "out"),
+    )
+    for shown in ("held-out bits per character", "order 0", "order 3", "bytes", "SavedModel"):
+        assert shown in output
+    for name in ("learning_curve.png", "model.keras", "saved_model/saved_model.pb"):
+        assert (tmp_path / "out" / name).is_file()
+
+
+def test_char_lm_refuses_a_text_too_short(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("short")
+    with pytest.raises(AssertionError, match="too short"):
+        run_python("examples/char_lm.py", "--text", text)
+
+
+def test_cost():
+    output = run_python(
+        "examples/cost.py",
+        *("--backend", keras.config.backend()),
+        *("--lengths", 64, 128, "--tokens", 200, "--repeats", 2),
+    )
+    for shown in ("MultiHeadAttention", "growth", "bytes"):
+        assert shown in output

@@ -1,0 +1,293 @@
+"""The layer and its cell: streaming, state, masks, dtypes, configs and training."""
+
+from backends import call, compiled, gradients, relative_error, run, to_numpy
+from definitions import Definition
+import keras
+import numpy as np
+import pytest
+
+from keras_hla import layers
+
+CONFIGURATIONS = {
+    "plain": {},
+    "fixed": {"decay": 0.9, "value_dim": 6},
+    "per_head": {"decay": [0.9, 0.95, 0.99, 1.0], "rope_max_wavelength": None},
+    "multiscale": {"decay": "multiscale", "num_key_value_heads": 1, "scale": 0.5},
+    "learned": {"decay": "learned", "num_key_value_heads": 2, "use_bias": False},
+    "input": {"decay": "input", "output_norm": False, "key_dim": 4},
+    "linear": {"operator": "linear", "decay": "input"},
+}
+# With and without XLA. Under torch it would be torch.compile, which needs a C++ compiler on the
+# machine; under JAX training without it goes op by op.
+JIT_COMPILE = {"tensorflow": [False, True], "jax": [True], "torch": [False]}[keras.config.backend()]
+every_configuration = pytest.mark.parametrize("name", CONFIGURATIONS)
+
+
+def make(name="input", **options):
+    layer = layers.HLA(**{"num_heads": 4, "key_dim": 8, **CONFIGURATIONS[name], **options})
+    layer.build((2, None, 16))
+    return layer
+
+
+@pytest.fixture
+def x(rng):
+    return rng.standard_normal((2, 70, 16)).astype("float32")
+
+
+@every_configuration
+def test_is_its_cell_in_an_rnn(x, name):
+    x = x[:, :24]
+    layer = make(name, return_state=True)
+    output, *states = call(layer, x)
+    rnn = keras.layers.RNN(layer.cell, return_sequences=True)
+    rnn.build(x.shape)
+    assert relative_error(run(rnn, x), output) <= 1e-5
+    step, state = compiled(layer.cell), layer.get_initial_state(2)
+    for t in range(x.shape[1]):
+        token, state = step(keras.ops.convert_to_tensor(x[:, t]), state)
+    assert relative_error(token, output[:, -1]) <= 1e-5
+    for a, b in zip(state, states, strict=True):
+        assert relative_error(a, b) <= 1e-5
+
+
+@every_configuration
+@pytest.mark.parametrize("cuts", [(1, 2), (64,)])
+def test_pieces_are_the_whole(x, name, cuts):
+    layer = make(name, return_state=True)
+    whole, *last = call(layer, x)
+    states, outputs = (), []
+    for piece in np.split(x, cuts, axis=1):
+        output, *states = call(layer, piece, states)
+        outputs.append(to_numpy(output))
+    assert relative_error(np.concatenate(outputs, axis=1), whole) <= 1e-5
+    for a, b in zip(states, last, strict=True):
+        assert relative_error(a, b) <= 1e-5
+
+
+def test_computes_what_the_paper_defines(x):
+    """The layer rebuilt in NumPy and torch float64 from its weights."""
+    layer = make("learned", num_key_value_heads=4, scale=0.25)
+    output = call(layer, x)
+    weights = {w.path.split("/", 2)[-1]: to_numpy(w) for w in layer.weights}
+    exact = x.astype("float64")
+    q, k, v = (
+        (exact @ weights[f"{n}/kernel"]).reshape(2, 70, 4, 8) for n in ("query", "key", "value")
+    )
+    angle = np.arange(70)[:, None, None] * 10_000.0 ** (-np.arange(4) / 4)
+
+    def rotate(x):
+        first, second = x[..., :4], x[..., 4:]
+        cos, sin = np.cos(angle), np.sin(angle)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    log_decay = -np.log1p(np.exp(-weights["decay/logit"]))
+    log_decay = np.broadcast_to(log_decay, (2, 70, 4))
+    o = Definition("hla2", 0.25 * rotate(q), rotate(k), v, log_decay).output
+    o = o / np.sqrt(np.mean(o**2, axis=-1, keepdims=True) + 1e-6) * weights["norm/scale"]
+    expected = o.reshape(2, 70, 32) @ weights["output/kernel"]
+    assert relative_error(output, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("piece", [1, 7])
+def test_stateful(x, piece):
+    inputs = keras.Input(batch_shape=(2, piece, 16))
+    layer = make(stateful=True)
+    model = keras.Model(inputs, layer(inputs))
+    twin = make()
+    twin.cell.set_weights(layer.cell.get_weights())
+    expected = call(twin, x)
+    assert {v.path for v in layer.states} <= {v.path for v in model.non_trainable_variables}
+    for _ in range(2):
+        outputs = [model.predict(p, verbose=0) for p in np.split(x, 70 // piece, axis=1)]
+        assert relative_error(np.concatenate(outputs, axis=1), expected) <= 1e-5
+        assert to_numpy(layer.states[-1]).tolist() == [[70], [70]]
+        layer.reset_state()
+        assert all(np.all(to_numpy(state) == 0) for state in layer.states)
+
+
+def test_stateful_training_goes_on_from_the_last_batch(x):
+    inputs = keras.Input(batch_shape=(2, 35, 16))
+    layer = make(stateful=True)
+    model = keras.Model(inputs, layer(inputs))
+    model.compile("adam", "mse")
+    batches = np.concatenate(np.split(x, 2, axis=1))
+    model.fit(batches, batches, batch_size=2, epochs=2, shuffle=False, verbose=0)
+    assert to_numpy(layer.states[-1]).tolist() == [[140], [140]]
+
+
+def test_return_sequences(x, rng):
+    whole = make()
+    last = make(return_sequences=False)
+    last.set_weights(whole.get_weights())
+    np.testing.assert_array_equal(to_numpy(call(last, x)), to_numpy(call(whole, x))[:, -1])
+    mask = rng.random((2, 70)) < 0.5
+    mask[1, 40:] = False
+    output = to_numpy(call(whole, x, mask=mask))
+    ends = [np.flatnonzero(row)[-1] for row in mask]
+    np.testing.assert_array_equal(to_numpy(call(last, x, mask=mask)), output[[0, 1], ends])
+
+
+def test_masked_tokens_do_not_exist(x, rng):
+    layer = make(return_state=True)
+    keep = rng.random(70) < 0.6
+    alone, *expected = call(layer, x[:, keep])
+    padded = np.where(keep[:, None], x, np.nan).astype("float32")
+    output, *states = call(layer, padded, mask=np.broadcast_to(keep, (2, 70)))
+    assert relative_error(to_numpy(output)[:, keep], alone) <= 1e-5
+    assert np.all(to_numpy(output)[:, ~keep] == 0)
+    for a, b in zip(states, expected, strict=True):
+        assert relative_error(a, b) <= 1e-5
+
+
+def test_implicit_mask(rng):
+    tokens = rng.integers(1, 20, (2, 30))
+    tokens[0, 20:] = 0
+    embedding = keras.layers.Embedding(20, 16, mask_zero=True)
+    layer = make(return_state=True)
+    embedded = embedding(tokens)
+    output, *states = layer(embedded)
+    assert np.all(to_numpy(output)[0, 20:] == 0)
+    assert to_numpy(states[-1]).tolist() == [[20], [30]]
+    np.testing.assert_array_equal(to_numpy(output._keras_mask), tokens != 0)
+    zeros = layer.get_initial_state(2)
+    again, *_ = layer(embedding(tokens), initial_state=zeros)  # two tensors: Keras passes no mask
+    np.testing.assert_array_equal(to_numpy(again), to_numpy(output))
+
+
+def test_functional_model_with_states(x):
+    sequences = keras.Input((None, 16))
+    layer = make(return_state=True)
+    sizes = layer.cell.state_size
+    states = [keras.Input(size) for size in sizes]
+    output, *last = layer(sequences, initial_state=states)
+    assert output.shape == (None, None, 16)
+    assert [s.shape for s in last] == [(None, *size) for size in sizes]
+    model = keras.Model([sequences, *states], [output, *last])
+    expected = call(layer, x)
+    state = [to_numpy(s).astype("float32") for s in layer.get_initial_state(2)]
+    first, *state = model.predict([x[:, :33], *state], verbose=0)
+    second, *state = model.predict([x[:, 33:], *state], verbose=0)
+    assert relative_error(np.concatenate([first, second], axis=1), expected[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("jit_compile", JIT_COMPILE)
+@every_configuration
+def test_trains_in_a_functional_model(name, jit_compile):
+    tokens = keras.Input((None,), dtype="int32")
+    h = keras.layers.Embedding(7, 16)(tokens)
+    h = h + make(name)(keras.layers.RMSNormalization()(h))
+    model = keras.Model(tokens, keras.layers.Dense(7)(h))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-2), loss, jit_compile=jit_compile)
+    text = np.arange(41) % 7
+    batch = np.stack([text] * 4)
+    before = model.evaluate(batch[:, :-1], batch[:, 1:], verbose=0)
+    model.fit(batch[:, :-1], batch[:, 1:], epochs=25, verbose=0)
+    assert model.evaluate(batch[:, :-1], batch[:, 1:], verbose=0) < 0.5 * before
+    assert model.predict(batch[:1, :5], verbose=0).shape == (1, 5, 7)
+
+
+@every_configuration
+def test_every_weight_gets_a_gradient(x, name):
+    layer = make(name)
+    weights = layer.trainable_weights
+    start = [keras.ops.copy(w.value) for w in weights]
+    direction = [keras.random.normal(w.shape, seed=n) for n, w in enumerate(weights)]
+    target = keras.random.normal(x.shape, seed=99)
+
+    def loss(*steps):
+        moved = [w + s * d for w, s, d in zip(start, steps, direction, strict=True)]
+        with keras.StatelessScope(state_mapping=zip(weights, moved, strict=True)):
+            return keras.ops.mean(layer(keras.ops.convert_to_tensor(x)) * target)
+
+    found = gradients(loss, [np.float32(0)] * len(weights))
+    for weight, gradient in zip(weights, found, strict=True):
+        assert np.isfinite(gradient), weight.path
+        assert gradient != 0, weight.path
+
+
+@every_configuration
+def test_config_round_trip(x, name):
+    layer = make(name, chunk_size=32, return_state=True, dtype="mixed_bfloat16")
+    config = layer.get_config()
+    twin = layers.HLA.from_config(config)
+    assert twin.get_config() == config
+    assert {"name", "trainable", "dtype", *CONFIGURATIONS[name]} <= set(config)
+    cell = layers.HLACell.from_config(layer.cell.get_config())
+    assert cell.get_config() == layer.cell.get_config()
+    twin.build((2, None, 16))
+    assert [w.shape for w in layer.weights] == [w.shape for w in twin.weights]
+
+
+@every_configuration
+def test_save_and_load(x, name, tmp_path):
+    inputs = keras.Input((None, 16))
+    model = keras.Model(inputs, make(name)(inputs))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
+def test_low_precision_policies_keep_float32_states(x, policy):
+    layer = make(return_state=True, dtype=policy)
+    reference = make(return_state=True)
+    layer.set_weights(reference.get_weights())
+    compute = policy.removeprefix("mixed_")
+    spec, *state_specs = layer(keras.Input((None, 16)))
+    expected, *_ = call(reference, x)
+    output, *states = layer(x, initial_state=layer.get_initial_state(2))
+    assert keras.backend.standardize_dtype(output.dtype) == spec.dtype == compute
+    for state, state_spec in zip(states, state_specs, strict=True):
+        assert keras.backend.standardize_dtype(state.dtype) == state_spec.dtype == "float32"
+    tolerance = {"float16": 1e-2, "bfloat16": 8e-2}[compute]
+    assert relative_error(output, expected) <= tolerance
+    assert to_numpy(states[-1]).tolist() == [[70], [70]]
+
+
+def test_stateful_keeps_float32_state_under_mixed_precision(x):
+    layer = make(stateful=True, dtype="mixed_bfloat16")
+    layer(x)
+    layer(x)
+    assert {v.dtype for v in layer.states} == {"float32"}
+    # 140 is no bfloat16 number plus one, and the moments would lose their small parts.
+    assert to_numpy(layer.states[-1]).tolist() == [[140], [140]]
+    S = to_numpy(layer.states[0])
+    assert not np.array_equal(S, to_numpy(keras.ops.cast(layer.states[0], "bfloat16")))
+
+
+def test_changing_a_token_leaves_earlier_outputs_bitwise_equal(x):
+    layer = make()
+    before = to_numpy(call(layer, x))
+    changed = x.copy()
+    changed[:, 40] += 1
+    after = to_numpy(call(layer, changed))
+    np.testing.assert_array_equal(before[:, :40], after[:, :40])
+    assert not np.any(before[:, 40] == after[:, 40])
+
+
+def test_positions_count_from_the_state(x):
+    """A rotary embedding sees only distances, also a million tokens from the start."""
+    layer = make("plain", return_state=True)
+    output, *_ = call(layer, x)
+    for start in (5, 1023, 65_536, 1_000_003):
+        *memory, position = layer.get_initial_state(2)
+        moved, *_ = call(layer, x, [*memory, position + start])
+        assert relative_error(moved, output) <= (1e-5 if start < 1e5 else 2e-3)
+
+
+def test_weight_names():
+    layer = layers.HLA(4, 8, decay="learned", name="mixer")
+    layer.build((None, None, 16))
+    assert [w.path for w in layer.weights] == [
+        "mixer/cell/query/kernel",
+        "mixer/cell/query/bias",
+        "mixer/cell/key/kernel",
+        "mixer/cell/key/bias",
+        "mixer/cell/value/kernel",
+        "mixer/cell/value/bias",
+        "mixer/cell/output/kernel",
+        "mixer/cell/output/bias",
+        "mixer/cell/decay/logit",
+        "mixer/cell/norm/scale",
+    ]
