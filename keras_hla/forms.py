@@ -57,7 +57,7 @@ def matrix(operator, query, key, value, log_decay, state):
     if log_decay is None:
         decay = ops.cast(causal_mask(ops.shape(query)[-2]), query.dtype)
     else:
-        decay = decay_products(ops.cumsum(log_decay, axis=-1))
+        decay = decay_products(log_decay)
     return ops.matmul(operator.weights(query, key, decay), value), state
 
 

@@ -8,8 +8,8 @@ chunks at once; only the states between chunks are scanned, by a product with a
 small triangular matrix. There is no loop.
 
 Shapes are written `(..., n, c, d)`: batch and head axes, chunks, tokens of a
-chunk, features. Decays are held as sums of logarithms and used only as `exp`
-of differences of those sums, which never overflows.
+chunk, features. Decays are used only as `exp` of sums of logarithms, which never
+overflows.
 """
 
 import math
@@ -35,9 +35,9 @@ class ChunkedScan:
         self._decays = log_decay is not None
         if self._decays:
             total = ops.cumsum(log_decay, axis=-1)
-            self._within = decay_products(total)
+            self._within = decay_products(log_decay)
             self._from_start = ops.exp(total)[..., None]
-            self._to_end = ops.exp(total[..., -1:] - total)[..., None]
+            self._to_end = self._within[..., -1, :, None]
             self._log_chunk = total[..., -1]
         else:
             self._within = ops.cast(causal_mask(size), dtype)
@@ -72,18 +72,27 @@ def causal_mask(n):
     return index[:, None] >= index[None, :]
 
 
-def decay_products(total):
+def decay_products(log_decay):
     """The decay from each token to each later one.
 
     Args:
-        total: cumulative log-decay, shape `(..., n)`.
+        log_decay: shape `(..., n)`.
 
     Returns:
-        `exp(total_i - total_j)` where `j <= i`, zero elsewhere; shape `(..., n, n)`.
+        The product of the decays after token `j` up to token `i` where `j <= i`,
+        zero elsewhere; shape `(..., n, n)`.
     """
-    difference = total[..., :, None] - total[..., None, :]
-    past = causal_mask(ops.shape(total)[-1])
-    return ops.exp(ops.where(past, difference, -math.inf))
+    # Sums of whole 256ths are exact, those of the rests small: so their differences are accurate
+    # however long the sums have become.
+    coarse = ops.round(ops.stop_gradient(log_decay) * 256) / 256
+    exponent = _differences(ops.cumsum(coarse, axis=-1))
+    exponent = exponent + _differences(ops.cumsum(log_decay - coarse, axis=-1))
+    past = causal_mask(ops.shape(log_decay)[-1])
+    return ops.exp(ops.where(past, exponent, -math.inf))
+
+
+def _differences(total):
+    return total[..., :, None] - total[..., None, :]
 
 
 def _power(decay, power):
@@ -120,8 +129,7 @@ def _scan_directly(sums, log_decay, state):
         n = ops.shape(sums)[-2]
         weights = ops.cast(causal_mask(n + 1), sums.dtype)
     else:
-        total = ops.cumsum(log_decay, axis=-1)
-        weights = decay_products(pad_axis(total, 1, 0, axis=-1))
+        weights = decay_products(pad_axis(log_decay, 1, 0, axis=-1))
     states = ops.matmul(weights[..., 1:], sums)
     if state is not None:
         states = states + weights[..., :1] * state[..., None, :]

@@ -129,9 +129,9 @@ def test_gradients(rng, operator, decay, length, form):
             return_state=form != "matrix",
         )
         output, last = (result, []) if form == "matrix" else result
-        total = keras.ops.sum(output * output_weight.astype("float32"))
+        total = keras.ops.sum(keras.ops.multiply(output, output_weight.astype("float32")))
         for s, w in zip(last, state_weights, strict=False):
-            total = total + keras.ops.sum(s * w.astype("float32"))
+            total = total + keras.ops.sum(keras.ops.multiply(s, w.astype("float32")))
         return total
 
     actual = gradients(loss, [*inputs, *decays, *state])
