@@ -159,7 +159,7 @@ def split_axis(x, size, axis):
     """Cuts a (negative) axis into pieces of `size`, the last one filled up with zeros."""
     shape = ops.shape(x)
     n = shape[axis]
-    extra = (size - n % size) % size
+    extra = _missing(n, size)
     x = pad_axis(x, 0, extra, axis)
     after = shape[axis + 1 :] if axis != -1 else ()
     return ops.reshape(x, (*shape[:axis], (n + extra) // size, size, *after))
@@ -169,8 +169,14 @@ def merge_axis(x, n, axis):
     """Undoes `split_axis`: joins `axis - 1` and `axis` and keeps the first `n` entries."""
     shape = ops.shape(x)
     after = shape[axis + 1 :] if axis != -1 else ()
-    x = ops.reshape(x, (*shape[: axis - 1], shape[axis - 1] * shape[axis], *after))
+    # Not the product of both sizes, of which JAX cannot tell that it is at least a symbolic `n`.
+    filled = n + _missing(n, shape[axis])
+    x = ops.reshape(x, (*shape[: axis - 1], filled, *after))
     return x[(..., slice(n), *[slice(None)] * len(after))]
+
+
+def _missing(n, size):
+    return (size - n % size) % size
 
 
 def pad_axis(x, before, after, axis):
