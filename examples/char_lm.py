@@ -28,7 +28,7 @@ def parse_arguments():
     backends = ("tensorflow", "jax", "torch")
     add("--backend", choices=backends, default="tensorflow", help="what Keras runs on")
     add("--text", type=Path, help="UTF-8 file to learn; None is Python's standard library")
-    add("--steps", type=int, default=1500, help="number of training steps")
+    add("--steps", type=int, default=1200, help="number of training steps")
     add("--length", type=int, default=128, help="length of the training sequences")
     add("--output", type=Path, default="char_lm_output", help="folder to write to")
     add("--seed", type=int, default=0, help="seed of all random numbers")

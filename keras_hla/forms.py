@@ -7,13 +7,15 @@ where they do not differ. Every form takes and returns the tuple of states of
 the operator, where `None` is zero, and returns `(outputs, states)`.
 """
 
+import keras
 from keras import ops
 
 from keras_hla.layout import group
 from keras_hla.loop import scan_tokens
 from keras_hla.scan import ChunkedScan, causal_mask, decay_products, merge_axis, split_axis
 
-DEFAULT_CHUNK_SIZE = 64
+# TensorFlow is slow at many small products on a CPU.
+DEFAULT_CHUNK_SIZE = 128 if keras.config.backend() == "tensorflow" else 64
 
 
 def chunked(operator, query, key, value, log_decay, state, chunk_size=None):

@@ -139,7 +139,7 @@ def _scan_directly(sums, log_decay, state):
 def _scan_in_groups(sums, log_decay, state):
     """`_scan` in two levels: within groups from zero, then over the groups."""
     n = ops.shape(sums)[-2]
-    size = math.isqrt(n - 1) + 1 if isinstance(n, int) else _GROUP
+    size = _group_size(n) if isinstance(n, int) else _GROUP
     log_group = None
     sums = split_axis(sums, size, axis=-2)
     if log_decay is not None:
@@ -153,6 +153,12 @@ def _scan_in_groups(sums, log_decay, state):
         before = ops.cumsum(log_decay, axis=-1) - log_decay
         entering_group = entering_group * ops.exp(before)[..., None]
     return merge_axis(entering + entering_group, n, axis=-2), last
+
+
+def _group_size(n):
+    """About the square root of `n`, and where possible a divisor, which saves filling up."""
+    root = math.isqrt(n)
+    return min(range(root, 2 * root), key=lambda size: -n % size)
 
 
 def split_axis(x, size, axis):
