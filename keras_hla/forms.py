@@ -1,34 +1,56 @@
-"""The three ways to evaluate an operator, on tensors grouped by key head.
+"""The ways to evaluate an operator, on tensors grouped by key head.
 
 Axes are `(batch, key heads, group, length, dim)`; a group is the query heads
 that share one key head, and has size 1 for keys and values. Log-decays have
 the axes `(batch, key heads, group, length)`, each of the first three of size 1
 where they do not differ. Every form takes and returns the tuple of states of
-the operator, where `None` is zero, and returns `(outputs, states)`.
+the operator, where `None` is zero, and returns `(outputs, states)`. The two
+forms without states, `matrix` and `unordered`, take and return `None`.
 """
 
-import keras
 from keras import ops
 
+from keras_hla.backend import DEFAULT_CHUNK_SIZE, scan_tokens
 from keras_hla.layout import group
-from keras_hla.loop import scan_tokens
-from keras_hla.scan import ChunkedScan, causal_mask, decay_products, merge_axis, split_axis
-
-# TensorFlow is slow at many small products on a CPU.
-DEFAULT_CHUNK_SIZE = 128 if keras.config.backend() == "tensorflow" else 64
+from keras_hla.scan import (
+    ChunkedScan,
+    UnorderedScan,
+    causal_mask,
+    decay_products,
+    merge_axis,
+    split_axis,
+)
 
 
 def chunked(operator, query, key, value, log_decay, state, chunk_size=None):
     """The parallel form."""
     length = ops.shape(query)[-2]
+    scan, (query, key, value) = _cut_in_chunks((query, key, value), log_decay, chunk_size)
+    state = state or (None,) * len(operator.state_names)
+    output, state = operator.chain(scan, state, query, key, value)
+    return merge_axis(output, length, axis=-2), state
+
+
+def summarize(operator, query, key, value, log_decay):
+    """The tuple that `operator.summarize` makes of the whole length."""
+    scan, inputs = _cut_in_chunks((query, key, value), log_decay, None)
+    return operator.summarize(scan, *inputs)
+
+
+def _cut_in_chunks(inputs, log_decay, chunk_size):
+    length = ops.shape(inputs[0])[-2]
     size = _balanced_chunk_size(length, chunk_size or DEFAULT_CHUNK_SIZE)
-    query, key, value = (split_axis(x, size, axis=-2) for x in (query, key, value))
     if log_decay is not None:
         log_decay = split_axis(log_decay, size, axis=-1)
-    scan = ChunkedScan(log_decay, size, query.dtype)
-    state = state or (None,) * len(operator.state_names)
-    output, state = operator.chunked(scan, state, query, key, value)
-    return merge_axis(output, length, axis=-2), state
+    scan = ChunkedScan(log_decay, size, inputs[0].dtype)
+    return scan, [split_axis(x, size, axis=-2) for x in inputs]
+
+
+def unordered(operator, query, key, value, log_decay, state):
+    """The operator over the whole sequence, with the future as well."""
+    state = (None,) * len(operator.state_names)
+    output, _ = operator.chain(UnorderedScan(), state, query, key, value)
+    return output, None
 
 
 def recurrent(operator, query, key, value, log_decay, state):
@@ -54,13 +76,18 @@ def step(operator, query, key, value, log_decay, state):
     return output[..., None, :], state
 
 
-def matrix(operator, query, key, value, log_decay, state):
-    """The definition, with its length x length weights; it knows no state."""
-    if log_decay is None:
-        decay = ops.cast(causal_mask(ops.shape(query)[-2]), query.dtype)
-    else:
-        decay = decay_products(log_decay)
-    return ops.matmul(operator.weights(query, key, decay), value), state
+def matrix(operator, query, key, value, log_decay, state, causal=True):
+    """The definition, with its length x length weights."""
+    return weights(operator, query, key, log_decay, causal) @ value, None
+
+
+def weights(operator, query, key, log_decay, causal=True):
+    """The weights of the definition, `(batch, key heads, group, length, length)`."""
+    if log_decay is not None:
+        return operator.weights(query, key, decay_products(log_decay))
+    length = ops.shape(query)[-2]
+    decay = causal_mask(length) if causal else ops.ones((length, length))
+    return operator.weights(query, key, ops.cast(decay, query.dtype))
 
 
 def _step(operator, state, query, key, value, log_decay=None):

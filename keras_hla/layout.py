@@ -8,17 +8,21 @@ which share a key head broadcast against it.
 from keras import ops
 
 
-def group(x, key_heads):
-    """`(batch, heads, ...)` to `(batch, key_heads, group, ...)`; a single head stays one."""
-    batch, heads, *rest = ops.shape(x)
+def group(x, key_heads, axis=1):
+    """Splits the axis of the heads into `(key_heads, group)`; a single head stays one."""
+    shape = ops.shape(x)
+    axis = axis % len(shape)
+    heads = shape[axis]
     split = (key_heads, heads // key_heads) if heads % key_heads == 0 else (1, heads)
-    return ops.reshape(x, (batch, *split, *rest))
+    return ops.reshape(x, (*shape[:axis], *split, *shape[axis + 1 :]))
 
 
-def ungroup(x):
-    """`(batch, key heads, group, ...)` to `(batch, heads, ...)`."""
-    batch, key_heads, size, *rest = ops.shape(x)
-    return ops.reshape(x, (batch, key_heads * size, *rest))
+def ungroup(x, axis=1):
+    """Undoes `group`, `axis` being that of the key heads."""
+    shape = ops.shape(x)
+    axis = axis % len(shape)
+    heads = shape[axis] * shape[axis + 1]
+    return ops.reshape(x, (*shape[:axis], heads, *shape[axis + 2 :]))
 
 
 def group_sequence(x, key_heads):

@@ -16,6 +16,8 @@ import math
 
 from keras import ops
 
+from keras_hla.backend import cumulative_sum
+
 # Up to this many states are scanned in one product, more in groups.
 _DIRECT = 32
 # The size of a group where the number of states is unknown at trace time.
@@ -34,15 +36,12 @@ class ChunkedScan:
     def __init__(self, log_decay, size, dtype):
         self._decays = log_decay is not None
         if self._decays:
-            total = ops.cumsum(log_decay, axis=-1)
+            self._total = cumulative_sum(log_decay)
             self._within = decay_products(log_decay)
-            self._from_start = ops.exp(total)[..., None]
-            self._to_end = self._within[..., -1, :, None]
-            self._log_chunk = total[..., -1]
         else:
             self._within = ops.cast(causal_mask(size), dtype)
 
-    def __call__(self, query, key, value, state=None, power=1):
+    def __call__(self, query, key, value, state=None, power=1, exclusive=False):
         """Returns the outputs, `(..., n, c, dv)`, and the last state, `(..., d, dv)`.
 
         Args:
@@ -50,20 +49,45 @@ class ChunkedScan:
             key: shape `(..., n, c, d)`.
             value: shape `(..., n, c, dv)`.
             state: the state before the first token, `(..., d, dv)`; `None` is zero.
-            power: `p`, a small positive integer.
+            power: `p`, a small integer.
+            exclusive: whether a token reads the state as it was before it: `q_tᵀ H_{t-1}`.
         """
-        scores = ops.matmul(query, ops.swapaxes(key, -1, -2))
+        within, total = self._within, self._total if self._decays else None
+        if exclusive:
+            within = before(within)
+            total = total if total is None else pad_axis(total[..., :-1], 1, 0, axis=-1)
+        scores = query @ ops.swapaxes(key, -1, -2)
+        entering, last = self._carry(key, value, state, power)
         if self._decays:
-            scores = scores * _power(self._within, power)
-            query = query * _power(self._from_start, power)
-            key = key * _power(self._to_end, power)
-            log_chunk = self._log_chunk * power
+            scores = scores * _power(within, power)
+            query = query * _power(ops.exp(total)[..., None], power)
         else:
-            scores = scores * self._within
-            log_chunk = None
-        sums = ops.matmul(ops.swapaxes(key, -1, -2), value)
-        entering, last = _carry(sums, log_chunk, state)
-        return ops.matmul(scores, value) + ops.matmul(query, entering), last
+            scores = scores * within
+        return scores @ value + query @ entering, last
+
+    def last_state(self, key, value, power=1):
+        """The last state alone, `(..., d, dv)`, from zero."""
+        return self._carry(key, value, None, power)[1]
+
+    def _carry(self, key, value, state, power):
+        """The states entering the chunks, `(..., n, d, dv)`, and the last one."""
+        log_chunk = None
+        if self._decays:
+            to_end = self._within[..., -1, :, None]
+            key = key * _power(to_end, power)
+            log_chunk = self._total[..., -1] * power
+        return _carry(ops.swapaxes(key, -1, -2) @ value, log_chunk, state)
+
+
+class UnorderedScan:
+    """The primitive without an order: every token reads the sum over all of them.
+
+    A chain of it is the operator with full matrices in the place of causal ones.
+    """
+
+    def __call__(self, query, key, value, state=None, power=1):
+        total = ops.swapaxes(key, -1, -2) @ value
+        return query @ total, total
 
 
 def causal_mask(n):
@@ -85,10 +109,15 @@ def decay_products(log_decay):
     # Sums of whole 256ths are exact, those of the rests small: so their differences are accurate
     # however long the sums have become.
     coarse = ops.round(ops.stop_gradient(log_decay) * 256) / 256
-    exponent = _differences(ops.cumsum(coarse, axis=-1))
-    exponent = exponent + _differences(ops.cumsum(log_decay - coarse, axis=-1))
+    exponent = _differences(cumulative_sum(coarse))
+    exponent = exponent + _differences(cumulative_sum(log_decay - coarse))
     past = causal_mask(ops.shape(log_decay)[-1])
     return ops.exp(ops.where(past, exponent, -math.inf))
+
+
+def before(within):
+    """The decays up to the token before, from those up to each token, `(..., n, n)`."""
+    return pad_axis(within[..., :-1, :], 1, 0, axis=-2)
 
 
 def _differences(total):
@@ -130,7 +159,7 @@ def _scan_directly(sums, log_decay, state):
         weights = ops.cast(causal_mask(n + 1), sums.dtype)
     else:
         weights = decay_products(pad_axis(log_decay, 1, 0, axis=-1))
-    states = ops.matmul(weights[..., 1:], sums)
+    states = weights[..., 1:] @ sums
     if state is not None:
         states = states + weights[..., :1] * state[..., None, :]
     return states[..., :-1, :], states[..., -1, :]
@@ -150,8 +179,8 @@ def _scan_in_groups(sums, log_decay, state):
     entering_group, last = scan_groups(group_sums, log_group, state)
     entering_group = entering_group[..., None, :]
     if log_decay is not None:
-        before = ops.cumsum(log_decay, axis=-1) - log_decay
-        entering_group = entering_group * ops.exp(before)[..., None]
+        so_far = cumulative_sum(log_decay) - log_decay
+        entering_group = entering_group * ops.exp(so_far)[..., None]
     return merge_axis(entering + entering_group, n, axis=-2), last
 
 

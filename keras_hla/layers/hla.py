@@ -34,9 +34,9 @@ class HLA(keras.layers.Layer):
         chunk_size: Largest number of tokens of a chunk. It changes time and
             memory, not the result. `None` chooses.
         **kwargs: Arguments of `HLACell` (`num_key_value_heads`, `operator`,
-            `decay`, `rope_max_wavelength`, `scale`, `output_norm`, `use_bias`,
-            `kernel_initializer`, `bias_initializer`) and of
-            `keras.layers.Layer`.
+            `decay`, `rope_max_wavelength`, `scale`, `masked`, `normalize`,
+            `epsilon`, `ridge`, `output_norm`, `use_bias`, `kernel_initializer`,
+            `bias_initializer`) and of `keras.layers.Layer`.
 
     Call arguments:
         sequences: Tensor of shape `(batch, length, features)`.
@@ -144,6 +144,8 @@ class HLA(keras.layers.Layer):
             value,
             self.cell.operator,
             log_decay=log_decay,
+            normalize=self.cell.normalize,
+            epsilon=self.cell.epsilon,
             mask=mask,
             initial_state=memory,
             return_state=True,

@@ -7,7 +7,8 @@ from keras_hla import operators
 from keras_hla.checks import check_head_groups, check_number, check_positive_int
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.rotary import rotary_embedding
-from keras_hla.ops import attention_step, state_dtype
+from keras_hla.ops import attention_step
+from keras_hla.ops.inputs import state_dtype
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
@@ -32,7 +33,8 @@ class HLACell(keras.layers.Layer):
         value_dim: Size of each value head. `None` is `key_dim`.
         num_key_value_heads: Number of key and value heads, a divisor of
             `num_heads`: query heads in a row share one. `None` is `num_heads`.
-        operator: Name of an operator, see `keras_hla.operators.get`.
+        operator: Name of an operator, or an operator that has a name; see
+            `keras_hla.operators.get`.
         decay: How fast the past is forgotten: `None`, not at all; a number in
             (0, 1], the factor per token; a sequence of `num_heads` numbers, one
             per head; `"multiscale"`, fixed factors with time scales from 32 to
@@ -42,6 +44,11 @@ class HLACell(keras.layers.Layer):
             queries and keys, in tokens times `2 π`; `None` is no embedding. It
             needs an even `key_dim`, and adds the position to the state.
         scale: Factor on the queries. `None` is `key_dim ** -0.5`.
+        masked: As in `keras_hla.ops.higher_order_attention`.
+        normalize: Whether outputs are divided by the operator's denominator, as
+            in `keras_hla.ops.higher_order_attention`.
+        epsilon: Positive number, added to the denominator.
+        ridge: As in `keras_hla.ops.higher_order_attention`.
         output_norm: Whether each head's output is divided by its root mean
             square. Without it outputs grow with the length.
         use_bias: Whether the projections have a bias.
@@ -85,6 +92,10 @@ class HLACell(keras.layers.Layer):
         decay=None,
         rope_max_wavelength=10_000,
         scale=None,
+        masked=True,
+        normalize=False,
+        epsilon=1e-6,
+        ridge=0.0,
         output_norm=True,
         use_bias=True,
         kernel_initializer="glorot_uniform",
@@ -113,7 +124,13 @@ class HLACell(keras.layers.Layer):
         self.value_dim = value_dim or key_dim
         self.num_key_value_heads = num_key_value_heads or num_heads
         check_head_groups(self.num_heads, self.num_key_value_heads)
-        self.operator = operators.get(operator)
+        check_number("epsilon", epsilon, "a positive number", lambda x: x > 0)
+        self.operator = operators.get(operator, masked, ridge)
+        self._operator_name = operators.name_of(operators.get(operator))
+        self.masked = masked
+        self.normalize = normalize
+        self.epsilon = epsilon
+        self.ridge = ridge
         self.decay = check_decay(decay, num_heads)
         self.rope_max_wavelength = rope_max_wavelength
         self.scale = key_dim**-0.5 if scale is None else scale
@@ -157,7 +174,8 @@ class HLACell(keras.layers.Layer):
         """The shapes of the states, in order, without the batch axis."""
         own_decays = self.decay is not None and not isinstance(self.decay, float)
         moments = self.num_heads if own_decays else self.num_key_value_heads
-        sizes = self.operator.state_shapes(moments, self.num_heads, self.key_dim, self.value_dim)
+        value_dim = self.value_dim + self.normalize  # with a column for the denominator
+        sizes = self.operator.state_shapes(moments, self.num_heads, self.key_dim, value_dim)
         rope = () if self.rope_max_wavelength is None else ((1,),)
         return [*sizes, *rope]
 
@@ -168,7 +186,16 @@ class HLACell(keras.layers.Layer):
     def call(self, inputs, states):
         memory, position = self.split_states(states)
         query, key, value, log_decay = self.project(inputs, *(p[:, 0] for p in position))
-        output, memory = attention_step(query, key, value, memory, self.operator, log_decay)
+        output, memory = attention_step(
+            query,
+            key,
+            value,
+            memory,
+            self.operator,
+            log_decay,
+            normalize=self.normalize,
+            epsilon=self.epsilon,
+        )
         return self.finish(output), [*memory, *(p + 1 for p in position)]
 
     def split_states(self, states):
@@ -236,10 +263,14 @@ class HLACell(keras.layers.Layer):
             "key_dim": self.key_dim,
             "value_dim": self.value_dim,
             "num_key_value_heads": self.num_key_value_heads,
-            "operator": self.operator.name,
+            "operator": self._operator_name,
             "decay": self.decay,
             "rope_max_wavelength": self.rope_max_wavelength,
             "scale": self.scale,
+            "masked": self.masked,
+            "normalize": self.normalize,
+            "epsilon": self.epsilon,
+            "ridge": self.ridge,
             "output_norm": self.output_norm,
             "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),

@@ -1,11 +1,11 @@
-"""Second order, masked: the paper's HLA (arXiv:2510.27258, sections 3 and 4)."""
+"""Second order: the paper's HLA (arXiv:2510.27258, sections 3 and 4)."""
 
-from keras import ops
+import dataclasses
 
-from keras_hla.operators.operator import Operator, outer, read
-from keras_hla.scan import causal_mask
+from keras_hla.operators.operator import Operator, outer, read, scores
 
 
+@dataclasses.dataclass(frozen=True)
 class HLA2(Operator):
     """`o_t = Σ_{i≤j≤t} a(i→t) a(j→t) (q_t·k_i) (k_i·q_j) v_j`.
 
@@ -13,28 +13,86 @@ class HLA2(Operator):
     The states are the key moment `S` and the paper's corrected moment
     `F = S C − G` (Eq. 3.3), which needs neither `C` nor `G`:
     `F_t − F_{t−1} = S_t q_t v_tᵀ` at `a = 1`.
+
+    A `ridge` λ adds `λ q_tᵀ C_t`, `C_t = a_t C_{t-1} + q_t v_tᵀ`: `S + λ I` in
+    the place of `S` where the paper's Algorithm 1 reads it.
     """
 
-    name = "hla2"
-    state_names = ("S", "F")
+    ridge: float = 0.0
+
+    @property
+    def state_names(self):
+        return ("S", "F", "C") if self.ridge else ("S", "F")
+
+    @property
+    def segment_names(self):
+        return () if self.ridge else ("C",)
+
+    def with_options(self, masked, ridge):
+        return (HLA2 if masked else HLA2Unmasked)(ridge or self.ridge)
+
+    def state_shapes(self, key_heads, query_heads, d, dv):
+        F = C = (query_heads, d, dv)
+        return ((key_heads, d, d), F, C)[: len(self.state_names)]
+
+    def weights(self, query, key, decay):
+        W = decay * scores(query, key)
+        metric = scores(scores(query, key), W)  # Σ_i (q_t·k_i) a(i→j) (k_i·q_j)
+        weights = decay**2 * metric
+        return weights + self.ridge * decay * scores(query, query) if self.ridge else weights
+
+    def step(self, state, query, key, value, decay):
+        S, F, *C = state
+        S = decay * S + outer(key, key)
+        F = decay**2 * F + outer(read(S, query), value)
+        C = [decay * C_ + outer(query, value) for C_ in C]
+        output = sum((self.ridge * read(C_, query) for C_ in C), start=read(F, query))
+        return output, (S, F, *C)
+
+    def chain(self, scan, state, query, key, value):
+        S, F, *C = state
+        moved, S = scan(query, key, key, S)  # u_j = S_j q_j
+        output, F = scan(query, moved, value, F, power=2)
+        if not self.ridge:
+            return output, (S, F)
+        ridge, C = scan(query, query, value, *C)
+        return output + self.ridge * ridge, (S, F, C)
+
+    def summarize(self, scan, query, key, value):
+        moved, S = scan(query, key, key)
+        return S, scan.last_state(moved, value, power=2), scan.last_state(query, value)
+
+    def combine(self, left, right, decay):
+        (S, F, C), (S_right, F_right, C_right) = left, right
+        F = decay**2 * F + F_right + decay * S @ C_right
+        return decay * S + S_right, F, decay * C + C_right
+
+
+@dataclasses.dataclass(frozen=True)
+class HLA2Unmasked(Operator):
+    """`o_t = q_tᵀ S_t C_t` (Eq. 3.1): the same sum over all `i, j ≤ t`, in no order of the two."""
+
+    ridge: float = 0.0
+    state_names = ("S", "C")
+
+    def with_options(self, masked, ridge):
+        return HLA2(ridge or self.ridge).with_options(masked, 0.0)
 
     def state_shapes(self, key_heads, query_heads, d, dv):
         return (key_heads, d, d), (query_heads, d, dv)
 
     def weights(self, query, key, decay):
-        scores = ops.matmul(query, ops.swapaxes(key, -1, -2))
-        causal = ops.cast(causal_mask(ops.shape(scores)[-1]), scores.dtype)
-        earlier = ops.swapaxes(causal * scores, -1, -2)  # k_i·q_j, i <= j
-        return decay * ops.matmul(decay * scores, earlier)
+        moved = (decay * scores(query, key)) @ key + self.ridge * query
+        return decay * scores(moved, query)
 
     def step(self, state, query, key, value, decay):
-        S, F = state
+        S, C = state
         S = decay * S + outer(key, key)
-        F = decay * decay * F + outer(read(S, query), value)
-        return read(F, query), (S, F)
+        C = decay * C + outer(query, value)
+        return read(C, read(S, query) + self.ridge * query), (S, C)
 
-    def chunked(self, scan, state, query, key, value):
-        S, F = state
-        moved, S = scan(query, key, key, S)  # u_j = S_j q_j
-        output, F = scan(query, moved, value, F, power=2)
-        return output, (S, F)
+    def chain(self, scan, state, query, key, value):
+        S, C = state
+        moved, S = scan(query, key, key, S)  # S_t q_t
+        output, C = scan(moved + self.ridge * query, query, value, C)
+        return output, (S, C)

@@ -1,4 +1,4 @@
-"""What an operator is: four views of one computation, which the tests hold to each other."""
+"""What an operator is: a few views of one computation, which the tests hold to each other."""
 
 import abc
 
@@ -13,12 +13,17 @@ class Operator(abc.ABC):
     and the states made of them alone). Products broadcast over the group, so
     shared keys are never repeated. `d` is the query and key size, `dv` that of
     the values. The decay `a_t` is a number in (0, 1] per head and token.
+
+    A subclass defines `state_names` and the first four methods. `summarize` and
+    `combine` are for operators whose segments compose.
     """
 
-    #: The name under which `keras_hla.operators.get` finds it.
-    name: str
     #: Names of the states in the paper's letters, in order.
     state_names: tuple[str, ...]
+    #: Names of what a segment holds besides the states, in order.
+    segment_names: tuple[str, ...] = ()
+    #: Whether the chain makes no sense without an order of the tokens.
+    causal_only = False
 
     @abc.abstractmethod
     def state_shapes(self, key_heads, query_heads, d, dv):
@@ -31,7 +36,8 @@ class Operator(abc.ABC):
         Args:
             query, key: shape `(..., n, d)`.
             decay: `(..., n, n)`, the product of the decays after token `j` up
-                to token `t`; zero for `j > t`. Without decay, the causal mask.
+                to token `t`; zero for `j > t`. Without decay, the causal mask;
+                without causality, ones.
 
         Returns:
             Shape `(..., n, n)`; the outputs are `weights @ value`.
@@ -52,12 +58,13 @@ class Operator(abc.ABC):
         """
 
     @abc.abstractmethod
-    def chunked(self, scan, state, query, key, value):
-        """The parallel form: a chain of chunked passes.
+    def chain(self, scan, state, query, key, value):
+        """The parallel form: a chain of passes of the primitive.
 
         Args:
-            scan: `scan(query, key, value, state, power)`, the primitive
-                `LA_power` at the call's decays; returns outputs and last state.
+            scan: `scan(query, key, value, state, power, exclusive)`, the
+                primitive at the call's decays (`keras_hla.scan`); it returns
+                the outputs and the last state.
             state: tuple of the states before the first token; `None` is zero.
             query, key: shape `(..., chunks, chunk_size, d)`.
             value: shape `(..., chunks, chunk_size, dv)`.
@@ -67,6 +74,30 @@ class Operator(abc.ABC):
             last states.
         """
 
+    def summarize(self, scan, query, key, value):
+        """What a segment hands on: its last states, from zero, and what `segment_names` names.
+
+        Arguments as those of `chain`; `scan.last_state(key, value, power)` gives
+        a sum alone.
+        """
+        raise ValueError(f"The segments of {type(self).__name__} do not compose.")
+
+    def combine(self, left, right, decay):
+        """The segment that is `left`, then `right`.
+
+        Args:
+            left, right: tuples as `summarize` returns them.
+            decay: `ρ`, the product of the decays of `right`, shape `(..., 1, 1)`.
+        """
+        raise ValueError(f"The segments of {type(self).__name__} do not compose.")
+
+    def with_options(self, masked, ridge):
+        """This operator with options of the paper, where it has them: see `get`."""
+        raise ValueError(
+            f"Operator {type(self).__name__} knows neither `masked=False` nor a `ridge`. "
+            f"Received: masked={masked}, ridge={ridge}"
+        )
+
 
 def outer(row, column):
     """`r cᵀ`, shape `(..., d, dv)`."""
@@ -75,4 +106,9 @@ def outer(row, column):
 
 def read(matrix, vector):
     """`xᵀ M`, shape `(..., dv)`."""
-    return ops.matmul(vector[..., None, :], matrix)[..., 0, :]
+    return (vector[..., None, :] @ matrix)[..., 0, :]
+
+
+def scores(query, key):
+    """`Q Kᵀ`, shape `(..., n, n)`."""
+    return query @ ops.swapaxes(key, -1, -2)

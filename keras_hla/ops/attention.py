@@ -1,29 +1,14 @@
-"""The operators as functions on tensors `(batch, length, heads, dim)`."""
+"""The operators over sequences, and over one token."""
 
 import functools
 
-import keras
 from keras import ops
 import numpy as np
 
 from keras_hla import forms, operators
-from keras_hla.checks import (
-    check_attention_inputs,
-    check_choice,
-    check_log_decay,
-    check_mask,
-    check_positive_int,
-    check_rank,
-    check_states,
-)
-from keras_hla.layout import (
-    apply_mask,
-    group,
-    group_log_decay,
-    group_sequence,
-    ungroup,
-    ungroup_sequence,
-)
+from keras_hla.checks import check_choice, check_number, check_positive_int, check_rank
+from keras_hla.layout import ungroup, ungroup_sequence
+from keras_hla.ops.inputs import prepare, prepare_state
 
 FORMS = ("chunked", "recurrent", "matrix")
 
@@ -35,21 +20,27 @@ def higher_order_attention(
     operator="hla2",
     form="chunked",
     log_decay=None,
+    masked=True,
+    normalize=False,
+    epsilon=1e-6,
+    ridge=0.0,
+    causal=True,
     mask=None,
     initial_state=None,
     return_state=False,
     chunk_size=None,
 ):
-    """Causal higher-order linear attention.
+    """Higher-order linear attention.
 
     For the default operator `"hla2"`, with `a(j→t)` the product of the decays
     of the tokens after `j` up to `t`:
 
         o_t = Σ_{i≤j≤t} a(i→t) a(j→t) (q_t·k_i) (k_i·q_j) v_j
 
-    Time and memory are linear in the length, except for `form="matrix"`. No
-    scale is applied to the queries, and the outputs are not normalized: they
-    grow with the length.
+    The classes in `keras_hla.operators` state what the others compute. Time and
+    memory are linear in the length, except for `form="matrix"`. No scale is
+    applied to the queries, and unless `normalize` is set the outputs grow with
+    the length.
 
     Args:
         query: Tensor of shape `(batch, length, heads, dim)`.
@@ -68,23 +59,39 @@ def higher_order_attention(
             numbers and NumPy arrays. If it has one value per query head, each
             query head holds its own moment of the keys it shares. `None` is no
             decay.
+        masked: `False` is the paper's prefix-unmasked variant, of second and
+            third order: the sum over all `i, j <= t`, `q_tᵀ S_t C_t` for
+            `"hla2"`. It is causal, too.
+        normalize: Whether each output is divided by what the operator gives for
+            values of one, plus `epsilon`. States have a column more then.
+        epsilon: Positive number. The denominator can be near zero, and
+            negative, as nothing in the definition prevents it.
+        ridge: `λ >= 0`. Adds `λ I` to the key moment of second order operators,
+            as in the paper's Algorithm 1.
+        causal: `False` lets each token read the whole sequence, in linear time:
+            `(A Aᵀ) V`, `A = Q Kᵀ`, for `"hla2"`, `A A V` for `"ahla"`, `A Aᵀ A V`
+            for `"hla3"`. It goes with no decay, no state, and the forms
+            `"chunked"` and `"matrix"`.
         mask: Boolean (or integer) tensor of shape `(batch, length)`, true where
             a token counts. The others leave the state unchanged, whatever they hold,
             and have outputs of zero.
         initial_state: List of states as returned with `return_state=True`.
         return_state: Whether to return the state after the last token.
-        chunk_size: Largest number of tokens of a chunk, for `form="chunked"`.
-            It changes time and memory, not the result. `None` is 64.
+        chunk_size: Largest number of tokens of a chunk, for the causal
+            `form="chunked"`. It changes time and memory, not the result. `None`
+            chooses.
 
     Returns:
         The output, shape `(batch, length, heads, value_dim)`, in the dtype of
         the inputs but computed in float32 at least. With `return_state=True`
         the tuple `(output, state)`, the state a list of float32 tensors
-        (float64 for float64 inputs): for `"hla2"` `S`, `(batch,
-        key_value_heads, dim, dim)`, and `F`, `(batch, heads, dim, value_dim)`.
+        (float64 for float64 inputs), in the order of the operator's
+        `state_names`: for `"hla2"` `S`, `(batch, key_value_heads, dim, dim)`,
+        and `F`, `(batch, heads, dim, value_dim)`.
 
     Raises:
-        ValueError: if shapes, dtypes, names or numbers do not fit together.
+        ValueError: if shapes, dtypes, names, numbers or options do not fit
+            together.
 
     Example:
 
@@ -95,24 +102,38 @@ def higher_order_attention(
     >>> tuple(output.shape), [tuple(s.shape) for s in state]
     ((2, 100, 4, 16), [(2, 4, 16, 16), (2, 4, 16, 16)])
     """
-    operator = operators.get(operator)
+    operator = operators.get(operator, masked, ridge)
     check_choice("form", form, FORMS)
     check_positive_int("chunk_size", chunk_size, optional=True)
-    if form != "chunked" and chunk_size is not None:
-        raise ValueError(f"Argument `chunk_size` needs form='chunked'. Received: form={form!r}")
+    if chunk_size is not None and (form != "chunked" or not causal):
+        raise ValueError(
+            "Argument `chunk_size` needs form='chunked' and causal=True. "
+            f"Received: form={form!r}, causal={causal}"
+        )
     if form == "matrix" and (return_state or initial_state is not None):
         raise ValueError(
             "Arguments `initial_state` and `return_state` need form='chunked' or "
             "form='recurrent'. Received: form='matrix'"
         )
+    if not causal:
+        if form == "recurrent" or return_state or initial_state is not None:
+            raise ValueError(
+                "With `causal=False` there is no state: it goes with form='chunked' or 'matrix', "
+                f"and without `initial_state` and `return_state`. Received: form={form!r}"
+            )
+        check_noncausal(operator, log_decay, masked)
     check_rank(4, "(batch, length, heads, dim)", query=query, key=key, value=value)
     evaluate = {
         "chunked": functools.partial(forms.chunked, chunk_size=chunk_size),
         "recurrent": forms.recurrent,
-        "matrix": forms.matrix,
+        "matrix": functools.partial(forms.matrix, causal=causal),
     }[form]
-    output, state = _evaluate(evaluate, operator, query, key, value, log_decay, mask, initial_state)
-    return (output, state) if return_state else output
+    if form == "chunked" and not causal:
+        evaluate = forms.unordered
+    inputs = prepare(query, key, value, log_decay, mask)
+    output, state = _evaluate(evaluate, operator, inputs, initial_state, normalize, epsilon)
+    output = ops.cast(ungroup_sequence(output), query.dtype)
+    return (output, [ungroup(x) for x in state]) if return_state else output
 
 
 def causal_linear_attention(
@@ -166,7 +187,18 @@ def causal_linear_attention(
     )
 
 
-def attention_step(query, key, value, state, operator="hla2", log_decay=None):
+def attention_step(
+    query,
+    key,
+    value,
+    state,
+    operator="hla2",
+    log_decay=None,
+    masked=True,
+    normalize=False,
+    epsilon=1e-6,
+    ridge=0.0,
+):
     """One token of `higher_order_attention`, at a cost that does not depend on the past.
 
     Args:
@@ -177,6 +209,10 @@ def attention_step(query, key, value, state, operator="hla2", log_decay=None):
             by `higher_order_attention(return_state=True)`.
         operator: Name of an operator, or an operator.
         log_decay: A number or a tensor broadcastable to `(batch, heads)`.
+        masked: As in `higher_order_attention`.
+        normalize: As in `higher_order_attention`.
+        epsilon: As in `higher_order_attention`.
+        ridge: As in `higher_order_attention`.
 
     Returns:
         The tuple `(output, state)`: the output of shape
@@ -191,58 +227,43 @@ def attention_step(query, key, value, state, operator="hla2", log_decay=None):
     >>> state = [keras.ops.zeros((2, 4, 16, 16))] * 2
     >>> output, state = keras_hla.ops.attention_step(q, k, v, state)
     """
-    operator = operators.get(operator)
+    operator = operators.get(operator, masked, ridge)
     check_rank(3, "(batch, heads, dim)", query=query, key=key, value=value)
     query, key, value = (ops.expand_dims(x, 1) for x in (query, key, value))
     if log_decay is not None and np.ndim(log_decay) == 2:
         log_decay = ops.expand_dims(log_decay, 1)
+    inputs = prepare(query, key, value, log_decay, None)
     output, state = _evaluate(
-        forms.step, operator, query, key, value, log_decay, None, state, state_name="state"
+        forms.step, operator, inputs, state, normalize, epsilon, state_name="state"
     )
-    return output[:, 0], state
+    output = ops.cast(ungroup_sequence(output), query.dtype)
+    return output[:, 0], [ungroup(x) for x in state]
 
 
-def _evaluate(
-    evaluate,
-    operator,
-    query,
-    key,
-    value,
-    log_decay,
-    mask,
-    state,
-    state_name="initial_state",
-):
-    """Checks the arguments, and calls one of `keras_hla.forms` between the two layouts."""
-    query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
-    check_attention_inputs(query, key, value)
-    batch, length, heads, dim = query.shape
-    key_heads = key.shape[2]
-    log_decay = check_log_decay(log_decay, batch, length, (heads, key_heads))
-    if mask is not None:
-        check_mask(mask, batch, length)
-    if state is not None or evaluate is forms.step:
-        own_moments = log_decay is not None and log_decay.shape[-1:] == (heads,)
-        shapes = operator.state_shapes(
-            heads if own_moments else key_heads, heads, dim, value.shape[3]
+def check_noncausal(operator, log_decay, masked):
+    """Checks what goes with `causal=False`."""
+    if log_decay is not None or not masked:
+        raise ValueError(
+            "With `causal=False` tokens have no order: it goes with `log_decay=None`, and there "
+            f"is no mask for `masked=False` to leave out. Received: log_decay={log_decay}, "
+            f"masked={masked}"
         )
-        check_states(state_name, state, batch, shapes, operator.state_names)
-
-    output_dtype = query.dtype
-    dtype = state_dtype(output_dtype)
-    query, key, value = (group_sequence(ops.cast(x, dtype), key_heads) for x in (query, key, value))
-    if log_decay is not None:
-        log_decay = group_log_decay(log_decay, ops.shape(query)[-2], key_heads, dtype)
-    if mask is not None:
-        query, key, value, log_decay = apply_mask(mask, query, key, value, log_decay)
-    if state is not None:
-        state = tuple(group(ops.cast(x, dtype), key_heads) for x in state)
-    output, state = evaluate(operator, query, key, value, log_decay, state)
-    output = ops.cast(ungroup_sequence(output), output_dtype)
-    return output, state and [ungroup(x) for x in state]
+    if operator.causal_only:
+        raise ValueError(
+            f"Operator {type(operator).__name__} is defined by its causal recurrence, without a "
+            "form for `causal=False`. Received: causal=False"
+        )
 
 
-def state_dtype(dtype):
-    """The dtype of states for inputs of `dtype`: float32, or float64 for float64."""
-    dtype = keras.backend.standardize_dtype(dtype)
-    return "float64" if dtype == "float64" else "float32"
+def _evaluate(evaluate, operator, inputs, state, normalize, epsilon, state_name="initial_state"):
+    """Calls one of `keras_hla.forms`, on the values and, to normalize, on values of one."""
+    check_number("epsilon", epsilon, "a positive number", lambda x: x > 0)
+    if normalize:
+        ones = ops.ones_like(inputs.value[..., :1])
+        inputs = inputs._replace(value=ops.concatenate([inputs.value, ones], axis=-1))
+    if state is not None or evaluate is forms.step:
+        state = prepare_state(state_name, state, operator, inputs)
+    output, state = evaluate(operator, *inputs, state)
+    if normalize:
+        output = output[..., :-1] / (output[..., -1:] + epsilon)
+    return output, state

@@ -1,11 +1,21 @@
-"""The serial loop over tokens, differentiable on every backend."""
+"""What differs between the backends of Keras."""
 
 import keras
 from keras import ops
 
+# TensorFlow is slow at many small products on a CPU.
+DEFAULT_CHUNK_SIZE = 128 if keras.config.backend() == "tensorflow" else 64
+
+
+def cumulative_sum(x):
+    """The sums along the last axis, in the dtype of `x`."""
+    if keras.config.backend() == "torch":  # where `keras.ops.cumsum` makes float32 of float64
+        return x.cumsum(-1)
+    return ops.cumsum(x, axis=-1)
+
 
 def scan_tokens(step, state, inputs):
-    """Calls `output, state = step(state, token)` for one token after the other.
+    """Calls `output, state = step(state, token)` for one token after the other, differentiably.
 
     Args:
         step: takes the tuple of states and the tuple of one token's inputs.

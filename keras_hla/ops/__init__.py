@@ -1,0 +1,18 @@
+"""The operators as functions on tensors `(batch, length, heads, dim)`."""
+
+from keras_hla.ops.attention import (
+    attention_step,
+    causal_linear_attention,
+    higher_order_attention,
+)
+from keras_hla.ops.segments import combine, summarize
+from keras_hla.ops.weights import attention_weights
+
+__all__ = [
+    "attention_step",
+    "attention_weights",
+    "causal_linear_attention",
+    "combine",
+    "higher_order_attention",
+    "summarize",
+]

@@ -1,0 +1,98 @@
+"""The algebra of segments: the associative product of the paper's sections 4, 6.2 and 7.3."""
+
+from keras import ops
+
+from keras_hla import forms, operators
+from keras_hla.checks import check_rank
+from keras_hla.layout import group, ungroup
+from keras_hla.ops.inputs import prepare
+
+
+def summarize(query, key, value, operator="hla2", log_decay=None):
+    """All that the tokens of a segment tell the tokens after it.
+
+    Segments of any length can be summarized independently, on devices of their
+    own, and composed with `combine`. The first entries of a segment are the
+    operator's states after its last token, from zero: what
+    `higher_order_attention` takes as `initial_state` for the tokens after it.
+
+    Args:
+        query: Tensor of shape `(batch, length, heads, dim)`.
+        key: Tensor of shape `(batch, length, key_value_heads, dim)`.
+        value: Tensor of shape `(batch, length, key_value_heads, value_dim)`.
+        operator: `"hla2"`, `"ahla"`, `"hla3"`, `"linear"`, or an operator that
+            defines `summarize`.
+        log_decay: As in `higher_order_attention`.
+
+    Returns:
+        A list of tensors: the operator's `state_names`, then its
+        `segment_names`, each of shape `(batch, heads, rows, columns)`, and last
+        the sum of the log-decays, `(batch, heads)`, with one head where they are
+        the same. The empty segment is all zeros.
+
+    Raises:
+        ValueError: as `higher_order_attention`; and if the operator's segments
+            do not compose.
+
+    Example:
+
+    >>> q = k = v = keras.random.normal((2, 100, 4, 16))
+    >>> summarize, combine = keras_hla.ops.summarize, keras_hla.ops.combine
+    >>> left = summarize(q[:, :60], k[:, :60], v[:, :60], log_decay=-0.1)
+    >>> right = summarize(q[:, 60:], k[:, 60:], v[:, 60:], log_decay=-0.1)
+    >>> S, F, C, log_decay = combine(left, right)  # the summary of all 100
+    """
+    operator = operators.get(operator)
+    check_rank(4, "(batch, length, heads, dim)", query=query, key=key, value=value)
+    inputs = prepare(query, key, value, log_decay, None)
+    segment = forms.summarize(operator, *inputs)
+    batch = ops.shape(inputs.query)[0]
+    if inputs.log_decay is None:
+        total = ops.zeros((batch, 1), inputs.query.dtype)
+    else:
+        total = ungroup(ops.sum(inputs.log_decay, axis=-1))
+        total = ops.broadcast_to(total, (batch, ops.shape(total)[1]))
+    return [*(ungroup(x) for x in segment), total]
+
+
+def combine(left, right, operator="hla2"):
+    """The summary of two segments, the second right after the first.
+
+    For the default operator `"hla2"`, with `ρ` the product of the decays of the
+    right segment:
+
+        S = ρ S_left + S_right,  C = ρ C_left + C_right,
+        F = ρ² F_left + F_right + ρ S_left C_right
+
+    It is associative, so that segments can be folded from the left, from the
+    right, or as a tree (`keras.ops.associative_scan`), and costs a few products
+    of matrices with `dim` rows.
+
+    Args:
+        left: A list as returned by `summarize`. Its tensors may have any axes in
+            front.
+        right: The list of the segment after it.
+        operator: The operator of both.
+
+    Returns:
+        The list of the joint segment.
+
+    Raises:
+        ValueError: if the lists are not segments of that operator; or if its
+            segments do not compose.
+    """
+    operator = operators.get(operator)
+    names = (*operator.state_names, *operator.segment_names, "log_decay")
+    for side, segment in (("left", left), ("right", right)):
+        if not isinstance(segment, list | tuple) or len(segment) != len(names):
+            received = len(segment) if isinstance(segment, list | tuple) else type(segment)
+            raise ValueError(
+                f"Argument `{side}` must be a list of {list(names)}. Received: {received} entries"
+            )
+    key_heads = min(x.shape[-3] for x in left[:-1])
+    *left, left_decay = left
+    *right, right_decay = right
+    decay = group(ops.exp(right_decay), key_heads, axis=-1)[..., None, None]
+    left, right = (tuple(group(x, key_heads, axis=-3) for x in side) for side in (left, right))
+    joint = operator.combine(left, right, decay)
+    return [*(ungroup(x, axis=-4) for x in joint), left_decay + right_decay]
