@@ -18,12 +18,18 @@ class Operator(abc.ABC):
     `combine` are for operators whose segments compose.
     """
 
-    #: Names of the states in the paper's letters, in order.
-    state_names: tuple[str, ...]
-    #: Names of what a segment holds besides the states, in order.
-    segment_names: tuple[str, ...] = ()
     #: Whether the chain makes no sense without an order of the tokens.
     causal_only = False
+
+    @property
+    @abc.abstractmethod
+    def state_names(self):
+        """Tuple of the names of the states, in the paper's letters and in order."""
+
+    @property
+    def segment_names(self):
+        """Tuple of the names of what a segment holds besides the states."""
+        return ()
 
     @abc.abstractmethod
     def state_shapes(self, key_heads, query_heads, d, dv):
