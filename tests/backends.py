@@ -41,6 +41,11 @@ def call(layer, sequences, states=(), **options):
 
 def gradients(function, arrays):
     """The gradients of a scalar function of float32 arrays."""
+    return value_and_gradients(lambda *tensors: (function(*tensors), []), arrays)[1]
+
+
+def value_and_gradients(function, arrays):
+    """Of a function that returns a scalar and a list: the list, and the scalar's gradients."""
     backend = keras.config.backend()
     tensors = [keras.ops.convert_to_tensor(x, "float32") for x in arrays]
     if backend == "tensorflow":
@@ -48,19 +53,22 @@ def gradients(function, arrays):
 
         with tf.GradientTape() as tape:
             tape.watch(tensors)
-            result = function(*tensors)
-        found = tape.gradient(result, tensors)
+            scalar, values = function(*tensors)
+        found = tape.gradient(scalar, tensors)
     elif backend == "jax":
         import jax
 
-        found = jax.jit(jax.grad(function, argnums=tuple(range(len(tensors)))))(*tensors)
+        every = tuple(range(len(tensors)))
+        compiled = jax.jit(jax.value_and_grad(function, argnums=every, has_aux=True))
+        (_, values), found = compiled(*tensors)
     else:
         import torch
 
         for tensor in tensors:
             tensor.requires_grad_(True)
-        found = torch.autograd.grad(function(*tensors), tensors)
-    return [to_numpy(x) for x in found]
+        scalar, values = function(*tensors)
+        found = torch.autograd.grad(scalar, tensors)
+    return [to_numpy(x) for x in values], [to_numpy(x) for x in found]
 
 
 def run_with_unknown_length(function, *arrays):

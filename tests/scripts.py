@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 def run_python(*arguments, backend=None):
     """Runs Python from the repository's root, and returns what it printed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
     if backend is not None:
         environment["KERAS_BACKEND"] = backend
     result = subprocess.run(

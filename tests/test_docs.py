@@ -16,9 +16,13 @@ PUBLIC = [
     layers.HLA,
     layers.HLACell,
     operators.get,
+    operators.register,
     ops.attention_step,
+    ops.attention_weights,
     ops.causal_linear_attention,
+    ops.combine,
     ops.higher_order_attention,
+    ops.summarize,
 ]
 
 

@@ -63,6 +63,22 @@ def test_dtypes():
         ({"form": "matrix", "initial_state": []}, "`initial_state`.*Received: form='matrix'"),
         ({"form": "matrix", "chunk_size": 4}, "`chunk_size` needs form='chunked'.*'matrix'"),
         ({"form": "recurrent", "chunk_size": 4}, "`chunk_size` needs form='chunked'"),
+        ({"epsilon": 0}, "`epsilon` must be a positive number. Received: epsilon=0"),
+        ({"epsilon": "small"}, "`epsilon` must be a positive number. Received: epsilon='small'"),
+        ({"ridge": -0.1}, "`ridge` must be a number >= 0. Received: ridge=-0.1"),
+        ({"ridge": np.inf}, "`ridge` must be a number >= 0. Received: ridge=inf"),
+        ({"operator": "ahla", "ridge": 1.0}, "AHLA knows neither.*`ridge`.*ridge=1.0"),
+        ({"operator": "ahla", "masked": False}, "AHLA knows neither.*Received: masked=False"),
+        ({"operator": "linear", "masked": False}, "Linear knows neither.*masked=False"),
+        ({"operator": "hla3", "ridge": 1.0}, "HLA3 knows neither.*`ridge`.*ridge=1.0"),
+        ({"causal": False, "log_decay": -0.1}, "`causal=False`.*log_decay=-0.1"),
+        ({"causal": False, "masked": False}, "`causal=False`.*Received.*masked=False"),
+        ({"causal": False, "form": "recurrent"}, "`causal=False`.*Received: form='recurrent'"),
+        ({"causal": False, "return_state": True}, "`causal=False`.*`return_state`"),
+        ({"causal": False, "initial_state": []}, "`causal=False`.*`initial_state`"),
+        ({"causal": False, "chunk_size": 4}, "`chunk_size` needs.*Received.*causal=False"),
+        ({"causal": False, "operator": "hla2_published"}, "HLA2Published.*`causal=False`"),
+        ({"causal": False, "operator": "hla3_published"}, "HLA3Published.*`causal=False`"),
         ({"initial_state": np.zeros((2, 2, 8, 8))}, "`initial_state` must be a list"),
         ({"initial_state": [np.zeros((2, 2, 8, 8))]}, "`initial_state` must be a list.*1 values"),
         (
@@ -99,6 +115,53 @@ def test_step():
         ops.attention_step(query, key, value, state, log_decay=np.zeros((2, 3)))
 
 
+def test_normalized_states_have_a_column_more():
+    state = [np.zeros((2, 2, 8, 8), "float32"), np.zeros((2, 4, 8, 5), "float32")]
+    with pytest.raises(ValueError, match=r"must have shape \(2, 4, 8, 6\)"):
+        ops.higher_order_attention(*tensors(), normalize=True, initial_state=state)
+
+
+def test_weights():
+    query, key, _ = tensors()
+    for options, message in (
+        ({"operator": "hla9"}, "`operator` must be one of"),
+        ({"epsilon": -1}, "`epsilon` must be a positive number"),
+        ({"ridge": -1}, "`ridge` must be a number >= 0"),
+        ({"causal": False, "log_decay": -0.1}, "`causal=False`"),
+        ({"log_decay": 0.5}, "`log_decay` must be finite and <= 0"),
+        ({"mask": np.ones((2, 7), bool)}, "`mask` must have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.attention_weights(query, key, **options)
+    with pytest.raises(ValueError, match=r"`key` must have shape .*Received"):
+        ops.attention_weights(query, key[0])
+
+
+def test_segments():
+    query, key, value = tensors()
+    segment = ops.summarize(query, key, value)
+    with pytest.raises(ValueError, match=r"`query` must have shape .*Received"):
+        ops.summarize(query[0], key, value)
+    for operator in ("hla2_published", "hla3_published"):
+        with pytest.raises(ValueError, match=r"segments of HLA.Published do not compose"):
+            ops.summarize(query, key, value, operator)
+    with pytest.raises(ValueError, match=r"`right` must be a list of \['S', 'F', 'C'.*3 entries"):
+        ops.combine(segment, segment[:3])
+    with pytest.raises(ValueError, match=r"`left` must be a list of \['P', 'E', 'R'.*"):
+        ops.combine(np.zeros(4), segment, "ahla")
+
+
+def test_registry():
+    with pytest.raises(ValueError, match=r"`name` must be a string other than.*name='hla2'"):
+        operators.register("hla2", operators.HLA2())
+    with pytest.raises(ValueError, match=r"`name` must be a string.*Received: name=3"):
+        operators.register(3, operators.HLA2())
+    with pytest.raises(ValueError, match=r"`operator` must be an `Operator` instance.*'ahla'"):
+        operators.register("mine", "ahla")
+    with pytest.raises(ValueError, match=r"known by name.*Received: operator=HLA2\(ridge=0.7\)"):
+        layers.HLA(4, 8, operator=operators.HLA2(ridge=0.7))
+
+
 def test_unknown_operator():
     with pytest.raises(ValueError, match="Received: operator='softmax'"):
         operators.get("softmax")
@@ -124,6 +187,9 @@ def test_unknown_operator():
         ({"key_dim": 7}, "`rope_max_wavelength`.*key_dim=7"),
         ({"rope_max_wavelength": -1}, "`rope_max_wavelength`.*rope_max_wavelength=-1"),
         ({"rope_max_wavelength": "long"}, "`rope_max_wavelength`.*rope_max_wavelength='long'"),
+        ({"epsilon": 0.0}, "`epsilon` must be a positive number. Received: epsilon=0.0"),
+        ({"ridge": -1.0}, "`ridge` must be a number >= 0. Received: ridge=-1.0"),
+        ({"operator": "ahla", "masked": False}, "AHLA knows neither.*masked=False"),
         ({"scale": "auto"}, "`scale` must be None or a number. Received: scale='auto'"),
     ],
 )

@@ -1,7 +1,7 @@
 """The layer and its cell: streaming, state, masks, dtypes, configs and training."""
 
 from backends import call, compiled, gradients, relative_error, run, to_numpy
-from definitions import Definition
+from definitions import Reference, serial
 import keras
 import numpy as np
 import pytest
@@ -85,7 +85,7 @@ def test_computes_what_the_paper_defines(x):
 
     log_decay = -np.log1p(np.exp(-weights["decay/logit"]))
     log_decay = np.broadcast_to(log_decay, (2, 70, 4))
-    o = Definition("hla2", 0.25 * rotate(q), rotate(k), v, log_decay).output
+    o = Reference(serial, "hla2", (0.25 * rotate(q), rotate(k), v), log_decay).output
     o = o / np.sqrt(np.mean(o**2, axis=-1, keepdims=True) + 1e-6) * weights["norm/scale"]
     expected = o.reshape(2, 70, 32) @ weights["output/kernel"]
     assert relative_error(output, expected) <= 1e-5

@@ -1,154 +1,61 @@
-"""Every operator in every form against its float64 definition."""
+"""Every operator, option and form against the float64 definitions."""
 
-from backends import (
-    gradients,
-    relative_error,
-    run,
-    run_with_unknown_length,
-    run_with_xla,
-    to_numpy,
+from backends import relative_error
+from definitions import Reference, index_sum, serial
+from family import (
+    FORMS,
+    FORWARD,
+    GRADIENT,
+    VARIANTS,
+    attend,
+    attend_with_gradients,
+    draw,
+    draw_to_normalize,
+    like,
+    split,
 )
-from definitions import Definition, index_sum
 import keras
 import numpy as np
 import pytest
 
-from keras_hla import ops
+from keras_hla import operators, ops
 
-OPERATORS = ("hla2", "linear")
-LENGTHS = (1, 2, 63, 64, 65, 500)
-CHUNK_SIZES = (1, 16, 64, 1000)
-# The first order is a link of every chain: a few lengths of its own are enough.
-CASES = [("hla2", n) for n in LENGTHS] + [("linear", n) for n in (1, 65, 500)]
 DECAYS = ("none", "constant", "per_token")
-FORMS = ("chunked", "recurrent", "matrix")
-FORWARD, GRADIENT = 1e-5, 1e-4  # largest relative RMS errors in float32
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+every_problem = pytest.mark.parametrize("problem", [*DECAYS, "normalized"])
 
 
-def draw(rng, length, decay, heads=2, key_heads=2, dim=8, value_dim=5, batch=2):
-    q = rng.standard_normal((batch, length, heads, dim))
-    k = rng.standard_normal((batch, length, key_heads, dim))
-    v = rng.standard_normal((batch, length, key_heads, value_dim))
-    log_decay = {
-        "none": None,
-        "constant": np.full((batch, length, heads), np.log(0.9)),
-        "per_token": np.log(rng.uniform(0.5, 1.0, (batch, length, heads))),
-    }[decay]
-    inputs = [x.astype("float32") for x in (q, k, v)]
-    return inputs, None if log_decay is None else log_decay.astype("float32")
+def draw_problem(rng, length, variant, problem):
+    """The inputs, the log-decay, and whether outputs are normalized."""
+    if problem == "normalized":
+        return *draw_to_normalize(rng, length, variant), True
+    return *draw(rng, length, problem), False
 
 
-def draw_state(rng, operator, heads=2, dim=8, value_dim=5, batch=2):
-    columns = {"hla2": (dim, value_dim), "linear": (value_dim,)}[operator]
-    shapes = [(batch, heads, dim, n) for n in columns]
-    return [rng.standard_normal(shape).astype("float32") for shape in shapes]
-
-
-def attend(inputs, log_decay, state=(), **options):
-    """`higher_order_attention` on arrays."""
-
-    def function(q, k, v, *rest):
-        g, *rest = rest if log_decay is not None else (None, *rest)
-        return ops.higher_order_attention(
-            q, k, v, log_decay=g, initial_state=rest or None, **options
-        )
-
-    return run(function, *inputs, *([] if log_decay is None else [log_decay]), *state)
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("length", [1, 2, 17])
-def test_matrix_definition_is_the_index_sum(rng, operator, decay, length):
-    inputs, log_decay = draw(rng, length, decay)
-    g = np.zeros(inputs[0].shape[:3]) if log_decay is None else log_decay.astype("float64")
-    expected = index_sum(operator, *(x.astype("float64") for x in inputs), g)
-    actual = Definition(operator, *inputs, log_decay).output
-    np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("decay", DECAYS)
-def test_forms_equal_the_index_sum(rng, operator, form, decay):
-    inputs, log_decay = draw(rng, 30, decay)
-    g = np.zeros(inputs[0].shape[:3]) if log_decay is None else log_decay.astype("float64")
-    expected = index_sum(operator, *(x.astype("float64") for x in inputs), g)
-    size = {"chunk_size": 7} if form == "chunked" else {}
-    actual = attend(inputs, log_decay, operator=operator, form=form, **size)
-    assert relative_error(actual, expected) <= FORWARD
-
-
-@pytest.mark.parametrize(("operator", "length"), CASES)
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
-def test_chunked(rng, operator, decay, length, chunk_size):
-    inputs, log_decay = draw(rng, length, decay)
-    state = draw_state(rng, operator)
-    definition = Definition(operator, *inputs, log_decay, state)
-    output, last = attend(
-        inputs, log_decay, state, operator=operator, return_state=True, chunk_size=chunk_size
+@every_variant
+@every_problem
+def test_definitions_agree(rng, variant, problem):
+    inputs, log_decay, normalize = draw_problem(rng, 17, variant, problem)
+    operator, options = split(variant)
+    sums, steps = (
+        Reference(definition, operator, inputs, log_decay, normalize=normalize, **options)
+        for definition in (index_sum, serial)
     )
-    assert relative_error(output, definition.output) <= FORWARD
-    for actual, expected in zip(last, definition.states, strict=True):
-        assert relative_error(actual, expected) <= FORWARD
+    weight = rng.standard_normal(sums.output.shape)
+    assert relative_error(steps.output, sums.output) <= 1e-11
+    for a, b in zip(steps.gradients(weight), sums.gradients(weight), strict=True):
+        assert relative_error(a, b) <= 1e-10
 
 
-@pytest.mark.parametrize(("operator", "length"), CASES)
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("form", ["recurrent", "matrix"])
-def test_recurrent_and_matrix(rng, operator, decay, length, form):
-    inputs, log_decay = draw(rng, length, decay)
-    expected = Definition(operator, *inputs, log_decay).output
-    actual = attend(inputs, log_decay, operator=operator, form=form)
-    assert relative_error(actual, expected) <= FORWARD
-
-
-@pytest.mark.parametrize(("operator", "length"), CASES)
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("form", FORMS)
-def test_gradients(rng, operator, decay, length, form):
-    inputs, log_decay = draw(rng, length, decay)
-    state = [] if form == "matrix" else draw_state(rng, operator)
-    definition = Definition(operator, *inputs, log_decay, state)
-    output_weight = rng.standard_normal(definition.output.shape)
-    state_weights = [len(state) and rng.standard_normal(s.shape) for s in definition.states]
-    expected = definition.gradients(output_weight, state_weights)
-    decays = [] if log_decay is None else [log_decay]
-
-    def loss(q, k, v, *rest):
-        g, state = (rest[0], rest[1:]) if decays else (None, rest)
-        result = ops.higher_order_attention(
-            q,
-            k,
-            v,
-            operator,
-            form,
-            log_decay=g,
-            initial_state=list(state) or None,
-            return_state=form != "matrix",
-        )
-        output, last = (result, []) if form == "matrix" else result
-        total = keras.ops.sum(keras.ops.multiply(output, output_weight.astype("float32")))
-        for s, w in zip(last, state_weights, strict=False):
-            total = total + keras.ops.sum(keras.ops.multiply(s, w.astype("float32")))
-        return total
-
-    actual = gradients(loss, [*inputs, *decays, *state])
-    for a, e in zip(actual, expected, strict=True):
-        assert relative_error(a, e) <= GRADIENT
-
-
-def test_gradient_of_the_definition_against_finite_differences(rng):
+def test_gradients_of_the_definition_against_finite_differences(rng):
     inputs, log_decay = draw(rng, 6, "per_token", batch=1)
-    state = draw_state(rng, "hla2", batch=1)
-    arrays = [x.astype("float64") for x in (*inputs, log_decay, *state)]
+    arrays = [x.astype("float64") for x in (*inputs, log_decay)]
     weight = rng.standard_normal((1, 6, 2, 5))
 
     def loss(arrays):
-        return np.sum(Definition("hla2", *arrays[:4], arrays[4:]).output * weight)
+        return np.sum(Reference(index_sum, "hla3", arrays[:3], arrays[3]).output * weight)
 
-    found = Definition("hla2", *arrays[:4], arrays[4:]).gradients(weight, [0, 0])
+    found = Reference(index_sum, "hla3", inputs, log_decay).gradients(weight)
     step = 1e-6
     for n, gradient in enumerate(found):
         direction = rng.standard_normal(arrays[n].shape)
@@ -158,94 +65,171 @@ def test_gradient_of_the_definition_against_finite_differences(rng):
         np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=1e-6)
 
 
+@every_variant
+@every_problem
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("decay", ["none", "number", "per_key_head", "per_head"])
-@pytest.mark.parametrize("key_heads", [1, 2])
-def test_shared_key_heads(rng, form, decay, key_heads):
-    inputs, _ = draw(rng, 70, "none", heads=4, key_heads=key_heads)
-    log_decay = {
-        "none": None,
-        "number": np.float32(-0.1),
-        "per_key_head": -rng.uniform(0, 0.5, (2, 70, key_heads)),
-        "per_head": -rng.uniform(0, 0.5, 4),
-    }[decay]
-    query, *rest = inputs
-    group = 4 // key_heads
-    g = np.repeat(log_decay, group, axis=2) if decay == "per_key_head" else log_decay
-    g = None if g is None else np.broadcast_to(g, (2, 70, 4))
-    definition = Definition("hla2", query, *(np.repeat(x, group, axis=2) for x in rest), g)
-    if form == "matrix":
-        output = attend(inputs, log_decay, form=form)
-    else:
-        output, (S, F) = attend(inputs, log_decay, form=form, return_state=True)
-        own_moments = decay == "per_head"
-        assert tuple(S.shape) == (2, 4 if own_moments else key_heads, 8, 8)
-        every = 1 if own_moments else group
-        assert relative_error(S, definition.states[0][:, ::every]) <= FORWARD
-        assert relative_error(F, definition.states[1]) <= FORWARD
-    assert relative_error(output, definition.output) <= FORWARD
-
-
-def test_causal_linear_attention_is_first_order(rng):
-    inputs, log_decay = draw(rng, 100, "per_token")
-    state = draw_state(rng, "linear")
-    definition = Definition("linear", *inputs, log_decay, state)
-    output, last = ops.causal_linear_attention(
-        *inputs, log_decay=log_decay, initial_state=state, return_state=True, chunk_size=16
+def test_forms_equal_the_index_sum(rng, variant, form, problem):
+    inputs, log_decay, normalize = draw_problem(rng, 24, variant, problem)
+    operator, options = split(variant)
+    options["normalize"] = normalize
+    expected = Reference(index_sum, operator, inputs, log_decay, **options)
+    (weight,) = like(rng, [expected.output])
+    if form == "chunked":
+        options["chunk_size"] = 7
+    output, _, found = attend_with_gradients(
+        inputs, log_decay, output_weight=weight, operator=operator, form=form, **options
     )
-    assert relative_error(output, definition.output) <= FORWARD
-    assert relative_error(last[0], definition.states[0]) <= FORWARD
+    assert relative_error(output, expected.output) <= FORWARD
+    for a, e in zip(found, expected.gradients(weight), strict=True):
+        assert relative_error(a, e) <= GRADIENT
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("decay", DECAYS)
-def test_step(rng, operator, decay):
-    inputs, log_decay = draw(rng, 5, decay)
-    state = draw_state(rng, operator)
-    definition = Definition(operator, *inputs, log_decay, state)
-    for t in range(5):
-        g = None if log_decay is None else log_decay[:, t]
-        token = [x[:, t] for x in inputs]
-        output, state = ops.attention_step(*token, state, operator, log_decay=g)
-        assert relative_error(output, definition.output[:, t]) <= FORWARD
-    for actual, expected in zip(state, definition.states, strict=True):
-        assert relative_error(actual, expected) <= FORWARD
+@every_variant
+@pytest.mark.parametrize("form", ["chunked", "recurrent"])
+def test_states_in_and_out(rng, variant, form):
+    inputs, log_decay = draw(rng, 70, "per_token")
+    operator, options = split(variant)
+    shapes = Reference(serial, operator, inputs, log_decay, **options).states
+    state = like(rng, shapes)
+    expected = Reference(serial, operator, inputs, log_decay, state, **options)
+    weight, *weights = like(rng, [expected.output, *expected.states])
+    if form == "chunked":
+        options["chunk_size"] = 16
+    output, last, found = attend_with_gradients(
+        inputs,
+        log_decay,
+        state,
+        output_weight=weight,
+        state_weights=weights,
+        operator=operator,
+        form=form,
+        **options,
+    )
+    assert relative_error(output, expected.output) <= FORWARD
+    for a, e in zip(last, expected.states, strict=True):
+        assert relative_error(a, e) <= FORWARD
+    for a, e in zip(found, expected.gradients(weight, weights), strict=True):
+        assert relative_error(a, e) <= GRADIENT
 
 
-@pytest.mark.parametrize("length", [5, 64, 3000])
+@every_variant
+def test_normalized_pieces_and_steps(rng, variant):
+    inputs, log_decay = draw_to_normalize(rng, 30, variant)
+    operator, options = split(variant)
+    options |= {"normalize": True, "epsilon": 0.5}
+    expected = Reference(serial, operator, inputs, log_decay, **options)
+    options["operator"] = operator
+    decays = (None, None) if log_decay is None else (log_decay[:, :29], log_decay[:, 29])
+    _, state = attend([x[:, :29] for x in inputs], decays[0], return_state=True, **options)
+    token, last = ops.attention_step(
+        *(x[:, 29] for x in inputs), state, log_decay=decays[1], **options
+    )
+    assert relative_error(token, expected.output[:, 29]) <= FORWARD
+    for a, e in zip(last, expected.states, strict=True):
+        assert relative_error(a, e) <= FORWARD
+
+
+@pytest.mark.parametrize("variant", ["linear", "hla2", "hla2 ridge", "ahla", "hla3"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("form", ["chunked", "matrix"])
+def test_noncausal(rng, variant, normalize, form):
+    inputs, _ = draw(rng, 24, "none", positive=normalize)
+    operator, options = split(variant)
+    options |= {"normalize": normalize, "causal": False}
+    expected = Reference(index_sum, operator, inputs, **options)
+    (weight,) = like(rng, [expected.output])
+    output, _, found = attend_with_gradients(
+        inputs, None, output_weight=weight, operator=operator, form=form, **options
+    )
+    assert relative_error(output, expected.output) <= FORWARD
+    for a, e in zip(found, expected.gradients(weight), strict=True):
+        assert relative_error(a, e) <= GRADIENT
+
+
+@every_variant
+def test_weights(rng, variant):
+    inputs, log_decay = draw_to_normalize(rng, 24, variant)
+    query, key, value = inputs
+    operator, options = split(variant)
+    for normalize in (False, True):
+        options["normalize"] = normalize
+        expected = Reference(index_sum, operator, inputs, log_decay, **options).output
+
+        weights = ops.attention_weights(query, key, operator, log_decay=log_decay, **options)
+        weights = keras.ops.convert_to_numpy(weights)
+        assert weights.shape == (2, 2, 24, 24)
+        output = np.einsum("bhtj,bjhd->bthd", weights.astype("float64"), value)
+        assert relative_error(output, expected) <= FORWARD
+
+
+def test_noncausal_weights(rng):
+    inputs, _ = draw(rng, 12, "none")
+    expected = Reference(index_sum, "ahla", inputs, causal=False).output
+    weights = ops.attention_weights(*inputs[:2], "ahla", causal=False)
+    output = np.einsum("bhtj,bjhd->bthd", keras.ops.convert_to_numpy(weights), inputs[2])
+    assert relative_error(output, expected) <= FORWARD
+
+
+@every_variant
 @pytest.mark.parametrize("decay", ["none", "per_token"])
-def test_length_unknown_at_trace_time(rng, length, decay):
-    inputs, log_decay = draw(rng, length, decay, batch=1)
-    expected = Definition("hla2", *inputs, log_decay).output
+def test_shared_keys_are_held_once(rng, variant, decay):
+    """Four query heads, two or one key heads: as if the keys were repeated, but they are not."""
+    operator, options = split(variant)
+    names = operators.get(operator, **options).state_names
+    for key_heads in (2, 1):
+        inputs, _ = draw(rng, 40, "none", heads=4, key_heads=key_heads)
+        log_decay = None if decay == "none" else draw(rng, 40, decay, heads=key_heads)[1]
+        group = 4 // key_heads
+        query, *shared = inputs
+        repeated = [np.repeat(x, group, axis=2) for x in shared]
+        decays = None if log_decay is None else np.repeat(log_decay, group, axis=2)
+        expected = Reference(serial, operator, [query, *repeated], decays, **options)
+        output, state = attend(
+            inputs, log_decay, operator=operator, return_state=True, chunk_size=16, **options
+        )
+        assert relative_error(output, expected.output) <= FORWARD
+        for name, a, e in zip(names, state, expected.states, strict=True):
+            if name in "SPH":  # made of keys and values alone
+                assert a.shape[1] == key_heads
+            assert relative_error(a, e[:, :: 4 // a.shape[1]]) <= FORWARD
+        for form in ("recurrent", "matrix"):
+            other = attend(inputs, log_decay, operator=operator, form=form, **options)
+            assert relative_error(other, expected.output) <= FORWARD
 
-    def function(q, k, v, *g):
-        return ops.higher_order_attention(q, k, v, log_decay=g[0] if g else None, chunk_size=16)
 
-    arrays = inputs if log_decay is None else [*inputs, log_decay]
-    actual = run_with_unknown_length(function, *arrays)
-    assert relative_error(actual, expected) <= FORWARD
-
-
-def test_xla(rng):
-    inputs, log_decay = draw(rng, 100, "per_token")
-    expected = Definition("hla2", *inputs, log_decay).output
-
-    def function(q, k, v, g):
-        return ops.higher_order_attention(q, k, v, log_decay=g)
-
-    actual = run_with_xla(function, *inputs, log_decay)
-    assert relative_error(actual, expected) <= FORWARD
+def test_shared_keys_with_decays_of_their_own(rng):
+    """A decay per query head needs a key moment per query head."""
+    (query, *shared), _ = draw(rng, 40, "none", heads=4, key_heads=2)
+    log_decay = draw(rng, 40, "per_token", heads=4)[1]
+    repeated = [np.repeat(x, 2, axis=2) for x in shared]
+    expected = Reference(serial, "hla3", [query, *repeated], log_decay)
+    for form in ("chunked", "recurrent"):
+        output, state = attend(
+            [query, *shared], log_decay, operator="hla3", form=form, return_state=True
+        )
+        assert [s.shape[1] for s in state] == [4, 4, 4]
+        assert relative_error(output, expected.output) <= FORWARD
+        for a, e in zip(state, expected.states, strict=True):
+            assert relative_error(a, e) <= FORWARD
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("form", FORMS)
-def test_low_precision_inputs_accumulate_in_float32(rng, dtype, form):
-    inputs, log_decay = draw(rng, 200, "per_token")
-    rounded = [keras.ops.cast(x, dtype) for x in inputs]
-    exact = Definition("hla2", *map(to_numpy, rounded), log_decay).output
-    output = ops.higher_order_attention(*rounded, form=form, log_decay=log_decay)
-    best = keras.ops.cast(
-        keras.ops.convert_to_tensor(exact.astype("float32")), dtype
-    )  # rounded once, at the end
-    assert output.dtype == rounded[0].dtype
-    assert relative_error(output, exact) <= 1.01 * relative_error(best, exact)
+@pytest.mark.parametrize("published", ["hla2_published", "hla3_published"])
+def test_what_the_paper_prints_at_third_order_and_with_decay_is_another_operator(rng, published):
+    operator = published.removesuffix("_published")
+    for decay, equal in (("none", operator == "hla2"), ("constant", False)):
+        inputs, log_decay = draw(rng, 24, decay)
+        printed, causal = (attend(inputs, log_decay, operator=x) for x in (published, operator))
+        error = relative_error(printed, causal)
+        assert error <= FORWARD if equal else error > 0.01
+
+
+def test_algorithm_3_keeps_the_terms_whose_maximum_is_reached_twice(rng):
+    (q, k, v), _ = draw(rng, 12, "none", batch=1, heads=1)
+    A = q[0, :, 0] @ k[0, :, 0].T
+    expected = np.zeros((12, 5))
+    for t in range(12):
+        for i, j, m in np.ndindex(t + 1, t + 1, t + 1):
+            if [i, j, m].count(max(i, j, m)) >= 2:
+                expected[t] += A[t, i] * A[j, i] * A[j, m] * v[0, m, 0]
+    output = ops.higher_order_attention(q, k, v, "hla3_published")
+    assert relative_error(output[0, :, 0], expected) <= FORWARD

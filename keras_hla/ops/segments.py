@@ -80,6 +80,12 @@ def combine(left, right, operator="hla2"):
     Raises:
         ValueError: if the lists are not segments of that operator; or if its
             segments do not compose.
+
+    Example:
+
+    >>> q = k = v = keras.random.normal((2, 100, 4, 16))
+    >>> segment = keras_hla.ops.summarize(q, k, v, "ahla")
+    >>> twice = keras_hla.ops.combine(segment, segment, "ahla")
     """
     operator = operators.get(operator)
     names = (*operator.state_names, *operator.segment_names, "log_decay")

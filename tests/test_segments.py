@@ -1,0 +1,152 @@
+"""The segment algebra: associative, with an identity, and equal to the serial recurrence."""
+
+import functools
+import itertools
+
+from backends import compiled, gradients, relative_error, to_numpy
+from definitions import Reference, serial
+from family import draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import keras
+import numpy as np
+import pytest
+
+from keras_hla import operators, ops
+
+ALGEBRAS = ("linear", "hla2", "hla2 ridge", "ahla", "hla3")
+every_operator = pytest.mark.parametrize("name", ALGEBRAS)
+every_decay = pytest.mark.parametrize("decay", ["none", "per_token"])
+some = settings(max_examples=20, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def get(name):
+    return operators.get(name.split()[0], ridge=0.3 if "ridge" in name else 0.0)
+
+
+@functools.cache
+def combine_with(name):
+    return compiled(functools.partial(ops.combine, operator=get(name)))
+
+
+def combine(name, left, right):
+    return combine_with(name)(left, right)
+
+
+def summarize(name, inputs, log_decay, begin=None, end=None):
+    inputs = [x[:, begin:end] for x in inputs]
+    log_decay = None if log_decay is None else log_decay[:, begin:end]
+    return ops.summarize(*inputs, operator=get(name), log_decay=log_decay)
+
+
+def random_segment(name, rng):
+    """Any matrices at all: two key heads of two query heads each."""
+    operator = get(name)
+    shapes = list(operator.state_shapes(2, 4, 6, 5))
+    shapes += [(4, 6, 5 if extra in "CX" else 6) for extra in operator.segment_names]
+    values = [rng.standard_normal((3, *shape)) for shape in shapes]
+    return [x.astype("float32") for x in (*values, -rng.uniform(0, 2, (3, 2)))]
+
+
+def assert_equal(a, b, tolerance=1e-5):
+    for x, y in zip(a, b, strict=True):
+        assert relative_error(x, y) <= tolerance
+
+
+@every_operator
+def test_associative_with_an_identity(name):
+    @some
+    @given(seeds)
+    def law(seed):
+        rng = np.random.default_rng(seed)
+        a, b, c = (random_segment(name, rng) for _ in range(3))
+        left = combine(name, combine(name, a, b), c)
+        right = combine(name, a, combine(name, b, c))
+        assert_equal(left, right)
+        empty = [np.zeros_like(x) for x in a]
+        for same in (combine(name, empty, a), combine(name, a, empty)):
+            for x, y in zip(same, a, strict=True):
+                np.testing.assert_array_equal(to_numpy(x), y)
+
+    law()
+
+
+@every_operator
+@every_decay
+def test_folds_trees_and_the_recurrence_agree(rng, name, decay):
+    """Six segments of unequal lengths, four query heads on two key heads."""
+    (query, *shared), _ = draw(rng, 60, "none", heads=4, key_heads=2)
+    log_decay = None if decay == "none" else draw(rng, 60, decay)[1]
+    inputs = [query, *shared]
+    cuts = [0, 1, 8, 20, 21, 50, 60]
+    segments = [summarize(name, inputs, log_decay, *ends) for ends in itertools.pairwise(cuts)]
+    whole = summarize(name, inputs, log_decay)
+    left = functools.reduce(functools.partial(combine, name), segments)
+    right = functools.reduce(lambda tail, x: combine(name, x, tail), reversed(segments))
+    assert_equal(left, whole)
+    assert_equal(right, whole)
+
+    stacked = [keras.ops.stack(x) for x in zip(*segments, strict=True)]
+    tree = compiled(
+        lambda *segments: keras.ops.associative_scan(
+            lambda a, b: ops.combine(a, b, get(name)), list(segments)
+        )
+    )(*stacked)
+    assert_equal([x[-1] for x in tree], whole)
+
+    repeated = [query, *(np.repeat(x, 2, axis=2) for x in shared)]
+    decays = None if log_decay is None else np.repeat(log_decay, 2, axis=2)
+    options = {"ridge": 0.3} if "ridge" in name else {}
+    operator = name.split()[0]
+    expected = Reference(serial, operator, repeated, decays, **options)
+    states = len(expected.states)
+    for state, e in zip(whole[:states], expected.states, strict=True):
+        assert relative_error(state, e[:, :: 4 // state.shape[1]]) <= 1e-5
+    # The outputs of each segment, from the summary of all before it.
+    for n, (begin, end) in enumerate(itertools.pairwise(cuts[1:])):
+        output = ops.higher_order_attention(
+            *(x[:, begin:end] for x in inputs),
+            operator=get(name),
+            log_decay=None if log_decay is None else log_decay[:, begin:end],
+            initial_state=[x[n] for x in tree[:states]],
+        )
+        assert relative_error(output, expected.output[:, begin:end]) <= 1e-5
+
+
+@every_operator
+def test_any_split(name):
+    inputs, log_decay = draw(np.random.default_rng(1), 50, "per_token")
+    whole = summarize(name, inputs, log_decay)
+    for cut in (1, 17, 49):
+        left = summarize(name, inputs, log_decay, end=cut)
+        right = summarize(name, inputs, log_decay, begin=cut)
+        assert_equal(combine(name, left, right), whole)
+
+
+def test_one_decay_for_all_heads(rng):
+    inputs, _ = draw(rng, 20, "none", heads=4, key_heads=2)
+    for log_decay in (-0.1, np.full(4, -0.1)):
+        left, right, whole = (
+            ops.summarize(*(x[:, ends] for x in inputs), log_decay=log_decay)
+            for ends in (slice(7), slice(7, None), slice(None))
+        )
+        assert_equal(ops.combine(left, right), whole)
+
+
+def test_gradients_pass_through(rng):
+    """Of a loss on the joint summary, against those of the summary of the whole."""
+    inputs, log_decay = draw(rng, 20, "per_token")
+
+    def loss(split):
+        def function(*arrays):
+            pieces = [[x[:, :9] for x in arrays], [x[:, 9:] for x in arrays]] if split else [arrays]
+            segments = [ops.summarize(q, k, v, "hla3", log_decay=g) for q, k, v, g in pieces]
+            joint = ops.combine(*segments, "hla3") if split else segments[0]
+            return sum(keras.ops.sum(x) for x in joint)
+
+        return function
+
+    joint, whole = (gradients(loss(split), [*inputs, log_decay]) for split in (True, False))
+    for a, b in zip(joint, whole, strict=True):
+        assert relative_error(a, b) <= 1e-4
