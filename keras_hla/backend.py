@@ -11,6 +11,11 @@ def cumulative_sum(x):
     """The sums along the last axis, in the dtype of `x`."""
     if keras.config.backend() == "torch":  # where `keras.ops.cumsum` makes float32 of float64
         return x.cumsum(-1)
+    if keras.config.backend() == "jax":
+        import jax
+
+        # Or XLA sums up constant decays while it compiles, which takes seconds for long sequences.
+        x = jax.lax.optimization_barrier(x)
     return ops.cumsum(x, axis=-1)
 
 

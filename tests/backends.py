@@ -1,5 +1,7 @@
 """The little that differs between backends in tests."""
 
+import functools
+
 import keras
 import numpy as np
 
@@ -44,31 +46,42 @@ def gradients(function, arrays):
     return value_and_gradients(lambda *tensors: (function(*tensors), []), arrays)[1]
 
 
-def value_and_gradients(function, arrays):
-    """Of a function that returns a scalar and a list: the list, and the scalar's gradients."""
+def value_and_gradients(function, arrays, constants=()):
+    """Of a function that returns a scalar and a list: the list, and the scalar's gradients.
+
+    Args:
+        function: takes the tensors of `arrays`, then those of `constants`.
+        arrays: float32 arrays, with respect to which gradients are taken.
+        constants: float32 arrays.
+    """
     backend = keras.config.backend()
-    tensors = [keras.ops.convert_to_tensor(x, "float32") for x in arrays]
+    tensors, rest = (
+        [keras.ops.convert_to_tensor(x, "float32") for x in some] for some in (arrays, constants)
+    )
     if backend == "tensorflow":
         import tensorflow as tf
 
         with tf.GradientTape() as tape:
             tape.watch(tensors)
-            scalar, values = function(*tensors)
+            scalar, values = function(*tensors, *rest)
         found = tape.gradient(scalar, tensors)
     elif backend == "jax":
-        import jax
-
-        every = tuple(range(len(tensors)))
-        compiled = jax.jit(jax.value_and_grad(function, argnums=every, has_aux=True))
-        (_, values), found = compiled(*tensors)
+        (_, values), found = _compiled_gradients(function, len(tensors))(*tensors, *rest)
     else:
         import torch
 
         for tensor in tensors:
             tensor.requires_grad_(True)
-        scalar, values = function(*tensors)
+        scalar, values = function(*tensors, *rest)
         found = torch.autograd.grad(scalar, tensors)
     return [to_numpy(x) for x in values], [to_numpy(x) for x in found]
+
+
+@functools.cache
+def _compiled_gradients(function, count):
+    import jax
+
+    return jax.jit(jax.value_and_grad(function, argnums=tuple(range(count)), has_aux=True))
 
 
 def run_with_unknown_length(function, *arrays):

@@ -87,11 +87,11 @@ def serial(
 
 
 def outer(a, b):
-    return torch.einsum("...r,...c->...rc", a, b)
+    return a[..., :, None] * b[..., None, :]
 
 
 def dot(a, M):
-    return torch.einsum("...r,...rc->...c", a, M)
+    return (a[..., None, :] @ M)[..., 0, :]
 
 
 def serial_linear(state, q, k, v, a, ridge):

@@ -84,20 +84,32 @@ def attend(inputs, log_decay=None, state=(), **options):
     return _compiled(log_decay is not None, **options)(*tensors)
 
 
-def attend_with_gradients(
-    inputs, log_decay, state=(), output_weight=None, state_weights=(), **options
-):
-    """Returns the output, the last states, and the gradients of their weighted sum."""
-    arrays = [*inputs, *([] if log_decay is None else [log_decay]), *state]
-    attention = _attention(log_decay is not None, return_state=bool(state_weights), **options)
+@functools.cache
+def _loss(decays, states, **options):
+    """The output and the last states, weighted and summed."""
+    attention = _attention(decays, return_state=bool(states), **options)
 
-    def loss(*tensors):
-        result = attention(*tensors)
-        output, states = result if state_weights else (result, [])
-        total = keras.ops.sum(keras.ops.multiply(output, output_weight))
-        for s, w in zip(states, state_weights, strict=True):
-            total = total + keras.ops.sum(keras.ops.multiply(s, w))
-        return total, [output, *states]
+    def function(*arguments):
+        count = 3 + decays + states
+        inputs, weights = arguments[:count], arguments[count:]
+        result = attention(*inputs)
+        results = [result[0], *result[1]] if states else [result]
+        products = (keras.ops.sum(x * w) for x, w in zip(results, weights, strict=True))
+        return sum(products), results
 
-    (output, *states), found = value_and_gradients(loss, arrays)
-    return output, states, found
+    return function
+
+
+def attend_with_gradients(inputs, log_decay, weights, state=(), **options):
+    """Returns the output and the last states, and the gradients of their weighted sum.
+
+    Args:
+        inputs: arrays of query, key and value.
+        log_decay: array, or `None`.
+        weights: arrays, for the output and, if there is a state, for the last states.
+        state: list of arrays, or nothing.
+        **options: those of `higher_order_attention`.
+    """
+    decays = log_decay is not None
+    arrays = [*inputs, *([log_decay] if decays else []), *state]
+    return value_and_gradients(_loss(decays, len(state), **options), arrays, weights)

@@ -20,7 +20,7 @@ CONFIGURATIONS = {
 # Under torch XLA would be torch.compile, which needs a C++ compiler on the machine; JAX always
 # compiles, because training goes op by op without.
 BACKEND = keras.config.backend()
-TRAININGS = [(name, BACKEND == "jax") for name in CONFIGURATIONS]
+TRAININGS = [(name, BACKEND == "jax") for name in ("plain", "learned", "input")]
 if BACKEND == "tensorflow":
     TRAININGS += [("multiscale", True), ("input", True)]
 every_configuration = pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -54,12 +54,11 @@ def test_is_its_cell_in_an_rnn(x, name):
 
 
 @every_configuration
-@pytest.mark.parametrize("cuts", [(1, 2), (64,)])
-def test_pieces_are_the_whole(x, name, cuts):
+def test_pieces_are_the_whole(x, name):
     layer = make(name, return_state=True)
     whole, *last = call(layer, x)
     states, outputs = (), []
-    for piece in np.split(x, cuts, axis=1):
+    for piece in np.split(x, (1, 2, 64), axis=1):
         output, *states = call(layer, piece, states)
         outputs.append(to_numpy(output))
     assert relative_error(np.concatenate(outputs, axis=1), whole) <= 1e-5

@@ -41,7 +41,7 @@ def test_gradients(rng, decay, length, form):
     inputs, log_decay = draw(rng, length, decay)
     expected = Reference(serial, "hla2", inputs, log_decay)
     (weight,) = like(rng, [expected.output])
-    _, _, found = attend_with_gradients(inputs, log_decay, output_weight=weight, form=form)
+    _, found = attend_with_gradients(inputs, log_decay, [weight], form=form)
     for a, e in zip(found, expected.gradients(weight), strict=True):
         assert relative_error(a, e) <= GRADIENT
 

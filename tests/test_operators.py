@@ -1,6 +1,6 @@
 """Every operator, option and form against the float64 definitions."""
 
-from backends import relative_error
+from backends import relative_error, run, to_numpy
 from definitions import Reference, index_sum, serial
 from family import (
     FORMS,
@@ -14,7 +14,6 @@ from family import (
     like,
     split,
 )
-import keras
 import numpy as np
 import pytest
 
@@ -76,8 +75,8 @@ def test_forms_equal_the_index_sum(rng, variant, form, problem):
     (weight,) = like(rng, [expected.output])
     if form == "chunked":
         options["chunk_size"] = 7
-    output, _, found = attend_with_gradients(
-        inputs, log_decay, output_weight=weight, operator=operator, form=form, **options
+    (output,), found = attend_with_gradients(
+        inputs, log_decay, [weight], operator=operator, form=form, **options
     )
     assert relative_error(output, expected.output) <= FORWARD
     for a, e in zip(found, expected.gradients(weight), strict=True):
@@ -95,15 +94,8 @@ def test_states_in_and_out(rng, variant, form):
     weight, *weights = like(rng, [expected.output, *expected.states])
     if form == "chunked":
         options["chunk_size"] = 16
-    output, last, found = attend_with_gradients(
-        inputs,
-        log_decay,
-        state,
-        output_weight=weight,
-        state_weights=weights,
-        operator=operator,
-        form=form,
-        **options,
+    (output, *last), found = attend_with_gradients(
+        inputs, log_decay, [weight, *weights], state, operator=operator, form=form, **options
     )
     assert relative_error(output, expected.output) <= FORWARD
     for a, e in zip(last, expected.states, strict=True):
@@ -138,12 +130,21 @@ def test_noncausal(rng, variant, normalize, form):
     options |= {"normalize": normalize, "causal": False}
     expected = Reference(index_sum, operator, inputs, **options)
     (weight,) = like(rng, [expected.output])
-    output, _, found = attend_with_gradients(
-        inputs, None, output_weight=weight, operator=operator, form=form, **options
+    (output,), found = attend_with_gradients(
+        inputs, None, [weight], operator=operator, form=form, **options
     )
     assert relative_error(output, expected.output) <= FORWARD
     for a, e in zip(found, expected.gradients(weight), strict=True):
         assert relative_error(a, e) <= GRADIENT
+
+
+def weigh(query, key, log_decay, **options):
+    """`attention_weights` of arrays."""
+
+    def function(query, key, *log_decay):
+        return ops.attention_weights(query, key, log_decay=(*log_decay, None)[0], **options)
+
+    return run(function, query, key, *([] if log_decay is None else [log_decay]))
 
 
 @every_variant
@@ -155,18 +156,17 @@ def test_weights(rng, variant):
         options["normalize"] = normalize
         expected = Reference(index_sum, operator, inputs, log_decay, **options).output
 
-        weights = ops.attention_weights(query, key, operator, log_decay=log_decay, **options)
-        weights = keras.ops.convert_to_numpy(weights)
+        weights = to_numpy(weigh(query, key, log_decay, operator=operator, **options))
         assert weights.shape == (2, 2, 24, 24)
-        output = np.einsum("bhtj,bjhd->bthd", weights.astype("float64"), value)
+        output = np.einsum("bhtj,bjhd->bthd", weights, value)
         assert relative_error(output, expected) <= FORWARD
 
 
 def test_noncausal_weights(rng):
     inputs, _ = draw(rng, 12, "none")
     expected = Reference(index_sum, "ahla", inputs, causal=False).output
-    weights = ops.attention_weights(*inputs[:2], "ahla", causal=False)
-    output = np.einsum("bhtj,bjhd->bthd", keras.ops.convert_to_numpy(weights), inputs[2])
+    weights = to_numpy(weigh(*inputs[:2], None, operator="ahla", causal=False))
+    output = np.einsum("bhtj,bjhd->bthd", weights, inputs[2])
     assert relative_error(output, expected) <= FORWARD
 
 
@@ -176,25 +176,25 @@ def test_shared_keys_are_held_once(rng, variant, decay):
     """Four query heads, two or one key heads: as if the keys were repeated, but they are not."""
     operator, options = split(variant)
     names = operators.get(operator, **options).state_names
-    for key_heads in (2, 1):
-        inputs, _ = draw(rng, 40, "none", heads=4, key_heads=key_heads)
-        log_decay = None if decay == "none" else draw(rng, 40, decay, heads=key_heads)[1]
-        group = 4 // key_heads
-        query, *shared = inputs
-        repeated = [np.repeat(x, group, axis=2) for x in shared]
-        decays = None if log_decay is None else np.repeat(log_decay, group, axis=2)
-        expected = Reference(serial, operator, [query, *repeated], decays, **options)
+    key_heads = 1 if variant == "ahla" else 2
+    inputs, _ = draw(rng, 40, "none", heads=4, key_heads=key_heads)
+    log_decay = None if decay == "none" else draw(rng, 40, decay, heads=key_heads)[1]
+    group = 4 // key_heads
+    query, *shared = inputs
+    repeated = [np.repeat(x, group, axis=2) for x in shared]
+    decays = None if log_decay is None else np.repeat(log_decay, group, axis=2)
+    expected = Reference(serial, operator, [query, *repeated], decays, **options)
+    for form in ("chunked", "recurrent"):
         output, state = attend(
-            inputs, log_decay, operator=operator, return_state=True, chunk_size=16, **options
+            inputs, log_decay, operator=operator, form=form, return_state=True, **options
         )
         assert relative_error(output, expected.output) <= FORWARD
         for name, a, e in zip(names, state, expected.states, strict=True):
             if name in "SPH":  # made of keys and values alone
                 assert a.shape[1] == key_heads
             assert relative_error(a, e[:, :: 4 // a.shape[1]]) <= FORWARD
-        for form in ("recurrent", "matrix"):
-            other = attend(inputs, log_decay, operator=operator, form=form, **options)
-            assert relative_error(other, expected.output) <= FORWARD
+    matrix = attend(inputs, log_decay, operator=operator, form="matrix", **options)
+    assert relative_error(matrix, expected.output) <= FORWARD
 
 
 def test_shared_keys_with_decays_of_their_own(rng):
