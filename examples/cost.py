@@ -10,7 +10,6 @@ state near the beginning and far from it.
 """
 
 import argparse
-import multiprocessing
 import os
 import time
 
@@ -33,6 +32,7 @@ os.environ["KERAS_BACKEND"] = arguments.backend
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras  # noqa: E402  # Keras reads the backend when it is imported.
+from measure import added_memory, in_fresh_process, median_times, resident_memory  # noqa: E402
 import numpy as np  # noqa: E402
 
 from keras_hla.layers import HLA  # noqa: E402
@@ -52,58 +52,33 @@ def training_step(name, length):
     return lambda: model.train_on_batch(x, x)
 
 
-def median_times(functions):
-    """Milliseconds of each function, called in turns."""
-    times = {name: [] for name in functions}
-    for repeat in range(arguments.repeats + 2):
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            function()
-            if repeat >= 2:  # after compiling and warming up
-                times[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: float(np.median(values)) for name, values in times.items()}
-
-
-def resident_memory(field):
-    """`VmRSS` or, for the peak, `VmHWM`, in MB; NaN on systems that do not tell."""
-    try:
-        with open("/proc/self/status", encoding="utf-8") as status:
-            (line,) = (line for line in status if line.startswith(field))
-    except OSError:
-        return float("nan")
-    return int(line.split()[1]) / 1024
-
-
 def peak_memory(name, length):
-    """MB that one training step adds to a process; to be called in a fresh one."""
+    """MB that one training step adds to a process."""
     training_step(name, 2)()  # loads what any step needs
-    step = training_step(name, length)
-    before = resident_memory("VmRSS")
-    step()
-    return resident_memory("VmHWM") - before
+    return added_memory(training_step(name, length))
 
 
 def report_training():
     print(f"One training step on {arguments.backend}, milliseconds (and MB of memory):")
     print("  length              HLA   MultiHeadAttention   ratio")
-    processes = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
     steps = {
         n: {name: training_step(name, n) for name in ("HLA", "MHA")} for n in arguments.lengths
     }
     memory = {
-        (name, n): processes.apply(peak_memory, (name, n))
+        (name, n): in_fresh_process(peak_memory, name, n)
         for n in arguments.lengths
         for name in ("HLA", "MHA")
     }
     for length in arguments.lengths:
-        t = median_times(steps[length])
+        t = median_times(steps[length], arguments.repeats)
         print(
             f"{length:8}  {t['HLA']:7.1f} ({memory['HLA', length]:5.0f})"
             f"     {t['MHA']:7.1f} ({memory['MHA', length]:5.0f})  {t['MHA'] / t['HLA']:6.2f}",
             flush=True,
         )
     first, last = min(arguments.lengths), max(arguments.lengths)
-    t = median_times({length: steps[length]["HLA"] for length in (first, last)})
+    ends = {length: steps[length]["HLA"] for length in (first, last)}
+    t = median_times(ends, arguments.repeats)
     print(f"HLA, growth from {first} to {last} tokens, timed in turns: {t[last] / t[first]:.2f}x")
 
 
@@ -138,7 +113,7 @@ def report_stream():
         size = sum(s.nbytes for s in state)
         print(
             f"  to token {int(state[-1][0, 0]):7,}: {milliseconds:.3f} ms per token, "
-            f"state {size:,} bytes, process {resident_memory('VmRSS'):,.0f} MB"
+            f"state {size:,} bytes, process {resident_memory():,.0f} MB"
         )
         while state[-1][0, 0] < arguments.tokens:
             _, *state = piece.predict_on_batch([tokens, *state])

@@ -36,8 +36,9 @@ class ChunkedScan:
     def __init__(self, log_decay, size, dtype):
         self._decays = log_decay is not None
         if self._decays:
-            self._total = cumulative_sum(log_decay)
-            self._within = decay_products(log_decay)
+            sums = _cumulative_sums(log_decay)
+            self._total = sum(sums)
+            self._within = _products(*sums)
         else:
             self._within = ops.cast(causal_mask(size), dtype)
 
@@ -106,12 +107,22 @@ def decay_products(log_decay):
         The product of the decays after token `j` up to token `i` where `j <= i`,
         zero elsewhere; shape `(..., n, n)`.
     """
-    # Sums of whole 256ths are exact, those of the rests small: so their differences are accurate
-    # however long the sums have become.
+    return _products(*_cumulative_sums(log_decay))
+
+
+def _cumulative_sums(log_decay):
+    """The sums up to each token, in two parts.
+
+    Sums of whole 256ths are exact, those of the rests small: so their differences
+    are accurate however long the sums have become.
+    """
     coarse = ops.round(ops.stop_gradient(log_decay) * 256) / 256
-    exponent = _differences(cumulative_sum(coarse))
-    exponent = exponent + _differences(cumulative_sum(log_decay - coarse))
-    past = causal_mask(ops.shape(log_decay)[-1])
+    return cumulative_sum(coarse), cumulative_sum(log_decay - coarse)
+
+
+def _products(coarse, rest):
+    past = causal_mask(ops.shape(coarse)[-1])
+    exponent = _differences(coarse) + _differences(rest)
     return ops.exp(ops.where(past, exponent, -math.inf))
 
 

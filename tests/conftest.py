@@ -19,7 +19,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     os.environ["KERAS_BACKEND"] = config.getoption("--backend")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # JAX compiles for most of the time here; the examples, in processes of their own, do without.
+    # JAX compiles for most of the time here; the README's code is run without this.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     import torch  # noqa: F401  # Before TensorFlow: in the other order torch may crash on import.
 

@@ -8,10 +8,14 @@ import sys
 ROOT = Path(__file__).parent.parent
 
 
-def run_python(*arguments, backend=None):
-    """Runs Python from the repository's root, and returns what it printed."""
+def run_python(*arguments, backend=None, optimize=False):
+    """Runs Python from the repository's root, and returns what it printed.
+
+    With `optimize` JAX compiles as it does for users.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+    if optimize:
+        environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
     if backend is not None:
         environment["KERAS_BACKEND"] = backend
     result = subprocess.run(

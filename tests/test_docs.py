@@ -2,7 +2,6 @@
 
 import doctest
 import inspect
-import os
 import re
 
 import keras
@@ -48,9 +47,32 @@ def test_docstrings_name_every_argument(documented):
         assert re.search(rf"^ *{name}: ", documented.__doc__, re.MULTILINE), name
 
 
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def test_readme_examples(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 3
-    os.symlink(ROOT / "keras_hla", tmp_path / "keras_hla")
-    code = f"import os\nos.chdir({str(tmp_path)!r})\n" + "\n".join(blocks)
-    run_python("-c", code, backend=keras.config.backend())
+    code = blocks(ROOT / "README.md")
+    assert len(code) >= 3
+    run_in(tmp_path, ["\n".join(code)], optimize=True)
+
+
+def test_pages(tmp_path):
+    """The blocks of each page one after the other, each page for itself."""
+    pages = sorted((ROOT / "docs").glob("*.md"))  # numerics.md, which makes JAX use float64, last
+    code = ["\n".join(blocks(page)) for page in pages]
+    assert len(code) >= 7
+    assert all(code)
+    run_in(tmp_path, code)
+
+
+def run_in(folder, programs, **options):
+    """Runs programs in a folder of their own, each with no names but its own."""
+    for n, program in enumerate(programs):
+        (folder / f"{n}.py").write_text(program, encoding="utf-8")
+    code = (
+        f"import os, sys\nos.chdir({str(folder)!r})\n"
+        f"for n in range({len(programs)}):\n"
+        "    exec(compile(open(f'{n}.py', encoding='utf-8').read(), f'{n}.py', 'exec'), {})\n"
+    )
+    run_python("-c", code, backend=keras.config.backend(), **options)

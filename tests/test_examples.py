@@ -34,3 +34,28 @@ def test_cost():
     )
     for shown in ("MultiHeadAttention", "growth", "bytes"):
         assert shown in output
+
+
+def test_operator_cost():
+    output = run_python(
+        "examples/operator_cost.py",
+        *("--backend", keras.config.backend(), "--length", 32, "--repeats", 1),
+        *("--operators", "hla2", "hla3_published"),
+    )
+    assert output.count("hla2 ") >= 2
+    assert output.count("hla3_published") == 2
+
+
+def test_numerics():
+    output = run_python(
+        "examples/numerics.py", *("--backend", keras.config.backend(), "--length", 1500)
+    )
+    assert output.count("outputs are finite") == 3
+
+
+def test_plot_weights(tmp_path):
+    run_python(
+        "examples/plot_weights.py",
+        *("--backend", keras.config.backend(), "--output", tmp_path / "weights.png"),
+    )
+    assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")

@@ -19,15 +19,17 @@ import pytest
 
 from keras_hla import operators, ops
 
-DECAYS = ("none", "constant", "per_token")
+PROBLEMS = ("none", "decay", "normalized")
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
-every_problem = pytest.mark.parametrize("problem", [*DECAYS, "normalized"])
+every_problem = pytest.mark.parametrize("problem", PROBLEMS)
 
 
 def draw_problem(rng, length, variant, problem):
     """The inputs, the log-decay, and whether outputs are normalized."""
     if problem == "normalized":
         return *draw_to_normalize(rng, length, variant), True
+    if problem == "decay":  # the paper's is constant
+        problem = "constant" if "published" in variant else "per_token"
     return *draw(rng, length, problem), False
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keras_hla import layers, operators, ops
-from keras_hla.operators.operator import Operator, outer, read, scores
+from keras_hla.operators import Operator, outer, read, scores
 
 
 @dataclasses.dataclass(frozen=True)
