@@ -25,7 +25,7 @@ parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"), default
 parser.add_argument("--decay", default=None, help="decay of HLA, such as input or multiscale")
 parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
 parser.add_argument("--tokens", type=int, default=100_000, help="length of the stream")
-parser.add_argument("--repeats", type=int, default=7, help="runs of which the median is taken")
+parser.add_argument("--repeats", type=int, default=5, help="runs of which the median is taken")
 parser.add_argument("--jit", action="store_true", help="XLA under TensorFlow on a CPU too")
 arguments = parser.parse_args()
 os.environ["KERAS_BACKEND"] = arguments.backend

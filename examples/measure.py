@@ -7,13 +7,18 @@ import numpy as np
 
 
 def median_times(functions, repeats):
-    """Milliseconds of each of a dictionary of functions, called in turns."""
+    """Milliseconds of each of a dictionary of functions, called in turns.
+
+    A turn is two calls, of which the second counts: so that none pays for the
+    memory and the caches that another left behind.
+    """
     times = {name: [] for name in functions}
-    for repeat in range(repeats + 2):
+    for repeat in range(repeats + 1):
         for name, function in functions.items():
+            function()
             begin = time.perf_counter()
             function()
-            if repeat >= 2:  # after compiling and warming up
+            if repeat:  # after compiling and warming up
                 times[name].append(1e3 * (time.perf_counter() - begin))
     return {name: float(np.median(values)) for name, values in times.items()}
 
