@@ -50,7 +50,7 @@ class ChunkedScan:
             key: shape `(..., n, c, d)`.
             value: shape `(..., n, c, dv)`.
             state: the state before the first token, `(..., d, dv)`; `None` is zero.
-            power: `p`, a small integer.
+            power: `p`, a small positive integer.
             exclusive: whether a token reads the state as it was before it: `q_tᵀ H_{t-1}`.
         """
         within, total = self._within, self._total if self._decays else None
@@ -67,7 +67,7 @@ class ChunkedScan:
         return scores @ value + query @ entering, last
 
     def last_state(self, key, value, power=1):
-        """The last state alone, `(..., d, dv)`, from zero."""
+        """The last state alone, `(..., d, dv)`, from zero; a `power` of 0 is no decay."""
         return self._carry(key, value, None, power)[1]
 
     def _carry(self, key, value, state, power):
@@ -77,7 +77,7 @@ class ChunkedScan:
             to_end = self._within[..., -1, :, None]
             key = key * _power(to_end, power)
             log_chunk = self._total[..., -1] * power
-        return _carry(ops.swapaxes(key, -1, -2) @ value, log_chunk, state)
+        return _scan_chunks(ops.swapaxes(key, -1, -2) @ value, log_chunk, state)
 
 
 class UnorderedScan:
@@ -140,7 +140,7 @@ def _power(decay, power):
     return math.prod([decay] * power, start=1)
 
 
-def _carry(sums, log_decay, state):
+def _scan_chunks(sums, log_decay, state):
     """`H_{i+1} = exp(log_decay_i) H_i + sums_i` over chunks; sums `(..., n, d, dv)`.
 
     Returns the states entering the chunks and the one leaving the last.
@@ -156,7 +156,7 @@ def _carry(sums, log_decay, state):
 
 
 def _scan(sums, log_decay, state=None):
-    """`_carry` on flat states: sums `(..., n, f)`, log_decay `(..., n)`, state `(..., f)`."""
+    """`_scan_chunks` on flat states: sums `(..., n, f)`, log_decay `(..., n)`, state `(..., f)`."""
     n = ops.shape(sums)[-2]
     if isinstance(n, int) and n <= _DIRECT:
         return _scan_directly(sums, log_decay, state)
