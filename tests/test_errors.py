@@ -190,6 +190,8 @@ def test_unknown_operator():
         ({"epsilon": 0.0}, "`epsilon` must be a positive number. Received: epsilon=0.0"),
         ({"ridge": -1.0}, "`ridge` must be a number >= 0. Received: ridge=-1.0"),
         ({"operator": "ahla", "masked": False}, "AHLA knows neither.*masked=False"),
+        ({"feature_map": "gelu2"}, "`feature_map` must be.*Received: feature_map='gelu2'"),
+        ({"output_gate": 3}, "`output_gate` must be None.*Received: output_gate=3"),
         ({"scale": "auto"}, "`scale` must be None or a number. Received: scale='auto'"),
     ],
 )

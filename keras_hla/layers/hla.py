@@ -28,15 +28,21 @@ class HLA(keras.layers.Layer):
         return_sequences: Whether to return the output of every token (the
             default, unlike in `keras.layers.GRU`) or of the last one.
         return_state: Whether to return the last state besides the output.
+        go_backwards: Whether the sequence is read from its end. Outputs come in
+            the order of reading, that is reversed, as in `keras.layers.GRU`.
         stateful: Whether each batch starts from the state in which the one
             before ended. It needs a fixed batch size. The state is kept in
             non-trainable variables.
+        zero_output_for_mask: Whether the output of a token that does not count
+            is zero. By default it is the output before it, as in
+            `keras.layers.GRU`.
         chunk_size: Largest number of tokens of a chunk. It changes time and
             memory, not the result. `None` chooses.
         **kwargs: Arguments of `HLACell` (`num_key_value_heads`, `operator`,
-            `decay`, `rope_max_wavelength`, `scale`, `masked`, `normalize`,
-            `epsilon`, `ridge`, `output_norm`, `use_bias`, `kernel_initializer`,
-            `bias_initializer`) and of `keras.layers.Layer`.
+            `decay`, `rope_max_wavelength`, `scale`, `feature_map`, `qk_norm`,
+            `masked`, `normalize`, `epsilon`, `ridge`, `output_norm`,
+            `output_gate`, `use_bias`, and the initializers, regularizers and
+            constraints of the projections) and of `keras.layers.Layer`.
 
     Call arguments:
         sequences: Tensor of shape `(batch, length, features)`.
@@ -44,8 +50,7 @@ class HLA(keras.layers.Layer):
             shapes `(batch, *size)` for the entries of `layer.cell.state_size`.
             `None` is the state before the first token.
         mask: Boolean tensor of shape `(batch, length)`, true where a token
-            counts. The others leave the state unchanged, whatever they hold,
-            and have outputs of zero.
+            counts. The others leave the state unchanged, whatever they hold.
 
     Returns:
         A tensor of shape `(batch, length, features)`, or `(batch, features)`
@@ -78,7 +83,9 @@ class HLA(keras.layers.Layer):
         value_dim=None,
         return_sequences=True,
         return_state=False,
+        go_backwards=False,
         stateful=False,
+        zero_output_for_mask=False,
         chunk_size=None,
         name=None,
         trainable=True,
@@ -93,8 +100,11 @@ class HLA(keras.layers.Layer):
         )
         self.return_sequences = return_sequences
         self.return_state = return_state
+        self.go_backwards = go_backwards
         self.stateful = stateful
+        self.zero_output_for_mask = zero_output_for_mask
         self.chunk_size = chunk_size
+        self.states = None  # those of a stateful layer
         self.supports_masking = True
 
     def build(self, sequences_shape, initial_state_shape=None):
@@ -132,8 +142,12 @@ class HLA(keras.layers.Layer):
         if mask is None:  # Keras fills it in only where `sequences` is the one tensor.
             mask = getattr(sequences, "_keras_mask", None)
         self._check(sequences, initial_state, mask)
+        if self.go_backwards:
+            sequences = ops.flip(sequences, axis=1)
         if mask is not None:
-            sequences = ops.where(ops.cast(mask, "bool")[..., None], sequences, 0)
+            mask = ops.cast(mask, "bool")
+            mask = ops.flip(mask, axis=1) if self.go_backwards else mask
+            sequences = ops.where(mask[..., None], sequences, 0)
         states = self._starting_states(sequences, initial_state)
         memory, position = self.cell.split_states(states)
         position, end = self._positions(sequences, mask, *position)
@@ -155,11 +169,11 @@ class HLA(keras.layers.Layer):
         if self.stateful:
             for variable, state in zip(self.states, states, strict=True):
                 variable.assign(state)
-        output = self.cell.finish(output)
-        if mask is not None:
-            output = ops.where(ops.cast(mask, "bool")[..., None], output, 0)
+        output = self.cell.finish(output, sequences)
         if not self.return_sequences:
             output = _last(output, mask)
+        elif mask is not None:
+            output = _fill(output, mask, self.zero_output_for_mask)
         return (output, *states) if self.return_state else output
 
     def _check(self, sequences, initial_state, mask):
@@ -223,15 +237,27 @@ class HLA(keras.layers.Layer):
             **cell,
             "return_sequences": self.return_sequences,
             "return_state": self.return_state,
+            "go_backwards": self.go_backwards,
             "stateful": self.stateful,
+            "zero_output_for_mask": self.zero_output_for_mask,
             "chunk_size": self.chunk_size,
         }
 
 
 def _last(output, mask):
-    """The output of the last token that counts, `(batch, features)`."""
+    """The output of the last token that counts, `(batch, features)`; zero if none does."""
     if mask is None:
         return output[:, -1]
+    return _fill(output, mask, zero=False)[:, -1]
+
+
+def _fill(output, mask, zero):
+    """Puts zero, or the output of the last token that counts, where `mask` is false."""
+    if zero:
+        return ops.where(mask[..., None], output, 0)
+    count = ops.cumsum(ops.cast(mask, "int32"), axis=1)
     steps = ops.arange(ops.shape(output)[1])
-    last = ops.max(ops.where(ops.cast(mask, "bool"), steps, 0), axis=1)
-    return ops.take_along_axis(output, last[:, None, None], axis=1)[:, 0]
+    counting = ops.argsort(ops.where(mask, steps, steps[-1] + 1), axis=1)  # these first
+    last = ops.take_along_axis(counting, ops.maximum(count - 1, 0), axis=1)
+    output = ops.take_along_axis(output, last[..., None], axis=1)
+    return ops.where(count[..., None] > 0, output, 0)

@@ -6,6 +6,7 @@ from keras import ops
 from keras_hla import operators
 from keras_hla.checks import check_head_groups, check_number, check_positive_int
 from keras_hla.layers.decay import LogDecay, check_decay
+from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.rotary import rotary_embedding
 from keras_hla.ops import attention_step
 from keras_hla.ops.inputs import state_dtype
@@ -44,6 +45,12 @@ class HLACell(keras.layers.Layer):
             queries and keys, in tokens times `2 π`; `None` is no embedding. It
             needs an even `key_dim`, and adds the position to the state.
         scale: Factor on the queries. `None` is `key_dim ** -0.5`.
+        feature_map: Applied to queries and keys, before the scale and the rotary
+            embedding: the name of a Keras activation (`"relu"`, `"softplus"`,
+            ...), `"elu_plus_one"`, or a callable of tensors `(..., key_dim)` that
+            keeps their shape. `None` is none, as in the paper.
+        qk_norm: Whether each head's queries and keys are divided by their root
+            mean square, with a trained scale per feature, before the feature map.
         masked: As in `keras_hla.ops.higher_order_attention`.
         normalize: Whether outputs are divided by the operator's denominator, as
             in `keras_hla.ops.higher_order_attention`.
@@ -51,9 +58,16 @@ class HLACell(keras.layers.Layer):
         ridge: As in `keras_hla.ops.higher_order_attention`.
         output_norm: Whether each head's output is divided by its root mean
             square. Without it outputs grow with the length.
+        output_gate: Activation of a gate that is computed from the inputs and
+            multiplies the heads' outputs, after their norm: `"silu"`, or another
+            name or callable. `None` is no gate.
         use_bias: Whether the projections have a bias.
         kernel_initializer: Initializer of the projections' kernels.
         bias_initializer: Initializer of the projections' biases.
+        kernel_regularizer: Regularizer of the projections' kernels.
+        bias_regularizer: Regularizer of the projections' biases.
+        kernel_constraint: Constraint of the projections' kernels.
+        bias_constraint: Constraint of the projections' biases.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -92,14 +106,21 @@ class HLACell(keras.layers.Layer):
         decay=None,
         rope_max_wavelength=10_000,
         scale=None,
+        feature_map=None,
+        qk_norm=False,
         masked=True,
         normalize=False,
         epsilon=1e-6,
         ridge=0.0,
         output_norm=True,
+        output_gate=None,
         use_bias=True,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
         **kwargs,
     ):
         # Without autocasting, states stay float32; the projections cast for themselves.
@@ -134,10 +155,17 @@ class HLACell(keras.layers.Layer):
         self.decay = check_decay(decay, num_heads)
         self.rope_max_wavelength = rope_max_wavelength
         self.scale = key_dim**-0.5 if scale is None else scale
+        self.feature_map = get_activation("feature_map", feature_map)
+        self.qk_norm = qk_norm
         self.output_norm = output_norm
+        self.output_gate = get_activation("output_gate", output_gate)
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
 
     def build(self, input_shape):
         self.output_size = input_shape[-1]
@@ -145,18 +173,23 @@ class HLACell(keras.layers.Layer):
         self.key_dense = self._dense(self.num_key_value_heads * self.key_dim, "key")
         self.value_dense = self._dense(self.num_key_value_heads * self.value_dim, "value")
         self.output_dense = self._dense(self.output_size, "output")
-        for dense in (self.query_dense, self.key_dense, self.value_dense):
+        inner = [self.query_dense, self.key_dense, self.value_dense]
+        if self.output_gate is not None:
+            self.gate_dense = self._dense(self.num_heads * self.value_dim, "gate")
+            inner.append(self.gate_dense)
+        for dense in inner:
             dense.build(input_shape)
-        heads_shape = (*input_shape[:-1], self.num_heads, self.value_dim)
         self.output_dense.build((*input_shape[:-1], self.num_heads * self.value_dim))
         if self.decay is not None:
             self.log_decay = LogDecay(
                 self.decay, self.num_heads, dtype=self.state_dtype, name="decay"
             )
             self.log_decay.build(input_shape)
+        if self.qk_norm:
+            self.query_norm = self._norm("query_norm", self.key_dim)
+            self.key_norm = self._norm("key_norm", self.key_dim)
         if self.output_norm:
-            self.norm = keras.layers.RMSNormalization(dtype=self.state_dtype, name="norm")
-            self.norm.build(heads_shape)
+            self.norm = self._norm("norm", self.value_dim)
 
     @property
     def state_dtype(self):
@@ -196,7 +229,7 @@ class HLACell(keras.layers.Layer):
             normalize=self.normalize,
             epsilon=self.epsilon,
         )
-        return self.finish(output), [*memory, *(p + 1 for p in position)]
+        return self.finish(output, inputs), [*memory, *(p + 1 for p in position)]
 
     def split_states(self, states):
         """The operator's states, and a list of the position or of nothing."""
@@ -218,22 +251,34 @@ class HLACell(keras.layers.Layer):
             ops.cast(dense(inputs), self.state_dtype)
             for dense in (self.query_dense, self.key_dense, self.value_dense)
         )
-        query = _split_heads(query * self.scale, self.num_heads, self.key_dim)
+        query = _split_heads(query, self.num_heads, self.key_dim)
         key = _split_heads(key, self.num_key_value_heads, self.key_dim)
         value = _split_heads(value, self.num_key_value_heads, self.value_dim)
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.feature_map is not None:
+            query, key = self.feature_map(query), self.feature_map(key)
+        query = query * self.scale
         if position is not None:
             query = rotary_embedding(query, position, self.rope_max_wavelength)
             key = rotary_embedding(key, position, self.rope_max_wavelength)
         log_decay = None if self.decay is None else self.log_decay(inputs)
         return query, key, value, log_decay
 
-    def finish(self, output):
+    def finish(self, output, inputs):
         """From the operator's outputs `(..., heads, dim)` to the layer's, `(..., features)`."""
         if self.output_norm:
             output = self.norm(output)
         *lead, heads, dim = ops.shape(output)
-        output = ops.reshape(output, (*lead, heads * dim))
-        return self.output_dense(ops.cast(output, self.compute_dtype))
+        output = ops.cast(ops.reshape(output, (*lead, heads * dim)), self.compute_dtype)
+        if self.output_gate is not None:
+            output = output * self.output_gate(self.gate_dense(inputs))
+        return self.output_dense(output)
+
+    def _norm(self, name, dim):
+        norm = keras.layers.RMSNormalization(dtype=self.state_dtype, name=name)
+        norm.build((None, dim))
+        return norm
 
     def _dense(self, units, name):
         # Every projection needs an initializer of its own, or all would start with equal weights.
@@ -242,6 +287,10 @@ class HLACell(keras.layers.Layer):
             use_bias=self.use_bias,
             kernel_initializer=_copy(self.kernel_initializer),
             bias_initializer=_copy(self.bias_initializer),
+            kernel_regularizer=self.kernel_regularizer,
+            bias_regularizer=self.bias_regularizer,
+            kernel_constraint=self.kernel_constraint,
+            bias_constraint=self.bias_constraint,
             dtype=self.dtype_policy,
             name=name,
         )
@@ -271,10 +320,17 @@ class HLACell(keras.layers.Layer):
             "normalize": self.normalize,
             "epsilon": self.epsilon,
             "ridge": self.ridge,
+            "feature_map": serialize_activation(self.feature_map),
+            "qk_norm": self.qk_norm,
             "output_norm": self.output_norm,
+            "output_gate": serialize_activation(self.output_gate),
             "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
+            "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
+            "bias_constraint": keras.constraints.serialize(self.bias_constraint),
         }
 
 
