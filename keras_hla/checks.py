@@ -125,6 +125,17 @@ def check_mask(mask, batch, length):
         )
 
 
+def check_segment_ids(segment_ids, batch, length):
+    dtype = keras.backend.standardize_dtype(segment_ids.dtype)
+    shape = tuple(segment_ids.shape)
+    fits = len(shape) == 2 and _equal(shape[0], batch) and _equal(shape[1], length)
+    if "int" not in dtype or not fits:
+        raise ValueError(
+            f"Argument `segment_ids` must be integers of shape (batch, length) = ({batch}, "
+            f"{length}). Received: segment_ids.shape={shape}, segment_ids.dtype={dtype}"
+        )
+
+
 def check_states(name, states, batch, shapes, state_names):
     """Checks a list of states against the shapes that follow the batch axis."""
     if not isinstance(states, list | tuple) or len(states) != len(shapes):

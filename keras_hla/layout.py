@@ -48,12 +48,46 @@ def group_log_decay(log_decay, length, key_heads, dtype):
     return group(ops.swapaxes(log_decay, 1, 2), key_heads)
 
 
+def apply_segments(segment_ids, mask, log_decay, zero):
+    """Makes the first token of each segment forget all before it, by the log-decay `zero`.
+
+    Tokens where `mask` is false belong to no segment. The first segment goes on
+    with the initial state.
+    """
+    before = segment_ids[:, :-1]
+    starts = segment_ids[:, 1:] != before
+    if mask is not None:
+        before, some = fill_forward(segment_ids, mask)
+        starts = some[:, :-1] & mask[:, 1:] & (segment_ids[:, 1:] != before[:, :-1])
+    first = ops.zeros_like(segment_ids[:, :1], dtype="bool")
+    starts = ops.concatenate([first, starts], axis=1)[:, None, None, :]
+    return ops.where(starts, zero, 0.0 if log_decay is None else log_decay)
+
+
+def fill_forward(x, mask):
+    """Each entry of `x`, or where `mask` is false the last one before it where it is true.
+
+    Args:
+        x: shape `(batch, length, ...)`.
+        mask: boolean, shape `(batch, length)`.
+
+    Returns:
+        A tensor of the shape of `x`, and where it holds such an entry, `(batch, length)`.
+    """
+    count = ops.cumsum(ops.cast(mask, "int32"), axis=1)
+    steps = ops.arange(ops.shape(mask)[1])
+    counting = ops.argsort(ops.where(mask, steps, steps[-1] + 1), axis=1)  # these first
+    last = ops.take_along_axis(counting, ops.maximum(count - 1, 0), axis=1)
+    last = ops.reshape(last, (*ops.shape(last), *[1] * (len(x.shape) - 2)))
+    return ops.take_along_axis(x, last, axis=1), count > 0
+
+
 def apply_mask(mask, query, key, value, log_decay):
     """Makes the tokens where `mask` is false leave every state as it is and output zero.
 
     `where` rather than a product: such tokens may hold NaN.
     """
-    mask = ops.cast(mask, "bool")[:, None, None, :]
+    mask = mask[:, None, None, :]
     query, key, value = (ops.where(mask[..., None], x, 0) for x in (query, key, value))
     if log_decay is not None:
         log_decay = ops.where(mask, log_decay, 0)

@@ -14,6 +14,7 @@ overflows.
 
 import math
 
+import keras
 from keras import ops
 
 from keras_hla.backend import cumulative_sum
@@ -76,7 +77,7 @@ class ChunkedScan:
         if self._decays:
             to_end = self._within[..., -1, :, None]
             key = key * _power(to_end, power)
-            log_chunk = self._total[..., -1] * power
+            log_chunk = _clip(self._total[..., -1]) * power
         return _scan_chunks(ops.swapaxes(key, -1, -2) @ value, log_chunk, state)
 
 
@@ -135,6 +136,16 @@ def _differences(total):
     return total[..., :, None] - total[..., None, :]
 
 
+def zero_decay(dtype):
+    """The logarithm of a decay that is zero in a dtype. It is finite, so that sums stay exact."""
+    return -1024.0 if dtype == "float64" else -128.0
+
+
+def _clip(log_decay):
+    # What is below is zero anyway, and sums of it would lose their exactness.
+    return ops.maximum(log_decay, zero_decay(keras.backend.standardize_dtype(log_decay.dtype)))
+
+
 def _power(decay, power):
     # Products of a few factors: cheaper than another `exp`, exact for zeros.
     return math.prod([decay] * power, start=1)
@@ -184,7 +195,7 @@ def _scan_in_groups(sums, log_decay, state):
     sums = split_axis(sums, size, axis=-2)
     if log_decay is not None:
         log_decay = split_axis(log_decay, size, axis=-1)
-        log_group = ops.sum(log_decay, axis=-1)
+        log_group = _clip(ops.sum(log_decay, axis=-1))
     entering, group_sums = _scan(sums, log_decay)
     scan_groups = _scan if isinstance(n, int) else _scan_directly
     entering_group, last = scan_groups(group_sums, log_group, state)

@@ -24,6 +24,13 @@ def pytest_configure(config):
     import torch  # noqa: F401  # Before TensorFlow: in the other order torch may crash on import.
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Tests the definitions, which are torch on every backend, only once."""
+    if collection_path.name == "test_definitions.py" and config.getoption("--backend") != "torch":
+        return True
+    return None
+
+
 def pytest_report_header(config):
     import keras
 

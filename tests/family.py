@@ -23,6 +23,7 @@ VARIANTS = {
 }
 VARIANTS = {name: {"operator": name.split()[0], **options} for name, options in VARIANTS.items()}
 OPERATORS = sorted({options["operator"] for options in VARIANTS.values()})
+PROBLEMS = ("none", "decay", "normalized")
 FORMS = ("chunked", "recurrent", "matrix")
 FORWARD, GRADIENT = 1e-5, 1e-4  # largest relative RMS errors in float32
 
@@ -48,6 +49,15 @@ def draw_to_normalize(rng, length, variant):
     """`draw`, but so that the denominators of normalized outputs are far from zero."""
     # Those of the published operators change their sign where there is decay.
     return draw(rng, length, "none" if "published" in variant else "per_token", positive=True)
+
+
+def draw_problem(rng, length, variant, problem):
+    """The inputs, the log-decay, and whether outputs are normalized."""
+    if problem == "normalized":
+        return *draw_to_normalize(rng, length, variant), True
+    if problem == "decay":  # the paper's is constant
+        problem = "constant" if "published" in variant else "per_token"
+    return *draw(rng, length, problem), False
 
 
 def split(variant):

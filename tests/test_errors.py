@@ -59,6 +59,19 @@ def test_dtypes():
         ({"mask": np.ones((2, 7), bool)}, r"`mask` must have shape .*mask.shape=\(2, 7\)"),
         ({"mask": np.ones((2, 6, 1), bool)}, r"`mask` must have shape .*shape=\(2, 6, 1\)"),
         ({"mask": np.ones((2, 6), "float32")}, "`mask` must be boolean.*float32"),
+        (
+            {"segment_ids": np.ones((2, 7), "int32")},
+            r"`segment_ids` must be integers of shape.*7\)",
+        ),
+        ({"segment_ids": np.ones((2, 6))}, "`segment_ids` must be integers.*float64"),
+        (
+            {"segment_ids": np.ones((2, 6), "int32"), "causal": False},
+            "`segment_ids` needs causal=True.*Received: causal=False",
+        ),
+        (
+            {"segment_ids": np.ones((2, 6), "int32"), "operator": "hla2_published"},
+            "`segment_ids` needs.*Received.*HLA2Published",
+        ),
         ({"form": "matrix", "return_state": True}, "`return_state`.*Received: form='matrix'"),
         ({"form": "matrix", "initial_state": []}, "`initial_state`.*Received: form='matrix'"),
         ({"form": "matrix", "chunk_size": 4}, "`chunk_size` needs form='chunked'.*'matrix'"),

@@ -10,12 +10,10 @@ from keras_hla import layers
 
 CONFIGURATIONS = {
     "plain": {},
-    "fixed": {"decay": 0.9, "value_dim": 6},
-    "per_head": {"decay": [0.9, 0.95, 0.99, 1.0], "rope_max_wavelength": None},
+    "per_head": {"decay": [0.9, 0.95, 0.99, 1.0], "value_dim": 6, "rope_max_wavelength": None},
     "multiscale": {"decay": "multiscale", "num_key_value_heads": 1, "scale": 0.5},
     "learned": {"decay": "learned", "num_key_value_heads": 2, "use_bias": False},
     "input": {"decay": "input", "output_norm": False, "key_dim": 4},
-    "linear": {"operator": "linear", "decay": "input"},
     "every option": {
         "operator": "hla3",
         "decay": "input",
@@ -221,6 +219,21 @@ def test_masked_tokens_do_not_exist(x, rng):
     assert np.all(to_numpy(output)[:, ~keep] == 0)
     for a, b in zip(states, expected, strict=True):
         assert relative_error(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["plain", "every option"])
+def test_packed_documents_are_separate(x, name):
+    layer = make(name, return_state=True)
+    segment_ids = np.repeat([[1, 2, 1]] * 2, [20, 1, 49], axis=1)
+    output, *states = call(layer, x, segment_ids=keras.ops.convert_to_tensor(segment_ids))
+    pieces = [call(layer, piece) for piece in np.split(x, [20, 21], axis=1)]
+    alone = np.concatenate([to_numpy(piece[0]) for piece in pieces], axis=1)
+    # Positions go on: only their differences matter to outputs, but the states are turned.
+    assert relative_error(output, alone) <= 1e-5
+    assert to_numpy(states[-1]).tolist() == [[70], [70]]
+    sequences, ids = keras.Input((70, 16)), keras.Input((70,), dtype="int32")
+    model = keras.Model([sequences, ids], layer(sequences, segment_ids=ids)[0])
+    assert relative_error(model.predict([x, segment_ids], verbose=0), output) <= 1e-5
 
 
 def test_implicit_mask(rng):

@@ -47,7 +47,7 @@ def test_gradients(rng, decay, length, form):
 
 
 @pytest.mark.parametrize("operator", ["hla2", "hla2_published"])  # with, without exclusive passes
-@pytest.mark.parametrize("length", [5, 64, 3000])
+@pytest.mark.parametrize("length", [5, 3000])
 @pytest.mark.parametrize("decay", ["none", "per_token"])
 def test_length_unknown_at_trace_time(rng, operator, length, decay):
     inputs, log_decay = draw(rng, length, decay, batch=1)

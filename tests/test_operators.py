@@ -1,69 +1,31 @@
 """Every operator, option and form against the float64 definitions."""
 
-from backends import relative_error, run, to_numpy
+import itertools
+
+from backends import relative_error, run, to_numpy, value_and_gradients
 from definitions import Reference, index_sum, serial
 from family import (
     FORMS,
     FORWARD,
     GRADIENT,
+    PROBLEMS,
     VARIANTS,
     attend,
     attend_with_gradients,
     draw,
+    draw_problem,
     draw_to_normalize,
     like,
     split,
 )
+import keras
 import numpy as np
 import pytest
 
 from keras_hla import operators, ops
 
-PROBLEMS = ("none", "decay", "normalized")
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_problem = pytest.mark.parametrize("problem", PROBLEMS)
-
-
-def draw_problem(rng, length, variant, problem):
-    """The inputs, the log-decay, and whether outputs are normalized."""
-    if problem == "normalized":
-        return *draw_to_normalize(rng, length, variant), True
-    if problem == "decay":  # the paper's is constant
-        problem = "constant" if "published" in variant else "per_token"
-    return *draw(rng, length, problem), False
-
-
-@every_variant
-@every_problem
-def test_definitions_agree(rng, variant, problem):
-    inputs, log_decay, normalize = draw_problem(rng, 17, variant, problem)
-    operator, options = split(variant)
-    sums, steps = (
-        Reference(definition, operator, inputs, log_decay, normalize=normalize, **options)
-        for definition in (index_sum, serial)
-    )
-    weight = rng.standard_normal(sums.output.shape)
-    assert relative_error(steps.output, sums.output) <= 1e-11
-    for a, b in zip(steps.gradients(weight), sums.gradients(weight), strict=True):
-        assert relative_error(a, b) <= 1e-10
-
-
-def test_gradients_of_the_definition_against_finite_differences(rng):
-    inputs, log_decay = draw(rng, 6, "per_token", batch=1)
-    arrays = [x.astype("float64") for x in (*inputs, log_decay)]
-    weight = rng.standard_normal((1, 6, 2, 5))
-
-    def loss(arrays):
-        return np.sum(Reference(index_sum, "hla3", arrays[:3], arrays[3]).output * weight)
-
-    found = Reference(index_sum, "hla3", inputs, log_decay).gradients(weight)
-    step = 1e-6
-    for n, gradient in enumerate(found):
-        direction = rng.standard_normal(arrays[n].shape)
-        ahead, behind = list(arrays), list(arrays)
-        ahead[n], behind[n] = arrays[n] + step * direction, arrays[n] - step * direction
-        slope = (loss(ahead) - loss(behind)) / (2 * step)
-        np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=1e-6)
 
 
 @every_variant
@@ -172,8 +134,10 @@ def test_noncausal_weights(rng):
     assert relative_error(output, expected) <= FORWARD
 
 
-@every_variant
-@pytest.mark.parametrize("decay", ["none", "per_token"])
+@pytest.mark.parametrize(
+    ("variant", "decay"),
+    [*((name, "per_token") for name in VARIANTS), ("hla2", "none"), ("hla3", "none")],
+)
 def test_shared_keys_are_held_once(rng, variant, decay):
     """Four query heads, two or one key heads: as if the keys were repeated, but they are not."""
     operator, options = split(variant)
@@ -235,3 +199,46 @@ def test_algorithm_3_keeps_the_terms_whose_maximum_is_reached_twice(rng):
                 expected[t] += A[t, i] * A[j, i] * A[j, m] * v[0, m, 0]
     output = ops.higher_order_attention(q, k, v, "hla3_published")
     assert relative_error(output[0, :, 0], expected) <= FORWARD
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "published" not in name])
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_is_separate(rng, variant, form):
+    """Documents in a row, with decay or without, some of their tokens masked."""
+    decay = "per_token" if form == "recurrent" else "none"
+    inputs, log_decay = draw(rng, 40, decay, dim=4, value_dim=3)
+    operator, options = split(variant)
+    ends = np.cumsum([0, 7, 1, 20, 12])
+    segment_ids = np.repeat([[3, 1, 7, 1], [0, 1, 2, 3]], np.diff(ends), axis=1).astype("int32")
+    mask = rng.random((2, 40)) < 0.8
+    mask[:, [2, 7, 20, 30]] = True
+    segment_ids[1] = np.where(mask[1], segment_ids[1], 9)  # what is masked is in no document
+    weight = rng.standard_normal((2, 40, 2, 3)).astype("float32")
+    arrays = inputs if log_decay is None else [*inputs, log_decay]
+    expected = np.zeros(weight.shape)
+    slopes = [np.zeros(x.shape) for x in arrays]
+    for row, (begin, end) in itertools.product(range(2), itertools.pairwise(ends)):
+        document = np.ix_([row], begin + np.flatnonzero(mask[row, begin:end]))
+        q, k, v, *g = (x[document] for x in arrays)
+        alone = Reference(serial, operator, (q, k, v), *g, **options)
+        expected[document] = alone.output
+        for whole, slope in zip(slopes, alone.gradients(weight[document]), strict=True):
+            whole[document] = slope
+
+    def function(q, k, v, *g):
+        output = ops.higher_order_attention(
+            *(q, k, v),
+            operator,
+            form,
+            log_decay=g[0] if g else None,
+            mask=keras.ops.convert_to_tensor(mask),
+            segment_ids=keras.ops.convert_to_tensor(segment_ids),
+            **({"chunk_size": 16} if form == "chunked" else {}),
+            **options,
+        )
+        return keras.ops.sum(keras.ops.multiply(output, weight)), [output]
+
+    (output,), found = value_and_gradients(function, arrays)
+    assert relative_error(output, expected) <= FORWARD
+    for a, e in zip(found, slopes, strict=True):
+        assert relative_error(a, e) <= GRADIENT

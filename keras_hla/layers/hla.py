@@ -3,8 +3,15 @@
 import keras
 from keras import ops
 
-from keras_hla.checks import check_mask, check_positive_int, check_rank, check_states
+from keras_hla.checks import (
+    check_mask,
+    check_positive_int,
+    check_rank,
+    check_segment_ids,
+    check_states,
+)
 from keras_hla.layers.hla_cell import HLACell
+from keras_hla.layout import fill_forward
 from keras_hla.ops import higher_order_attention
 
 
@@ -51,6 +58,9 @@ class HLA(keras.layers.Layer):
             `None` is the state before the first token.
         mask: Boolean tensor of shape `(batch, length)`, true where a token
             counts. The others leave the state unchanged, whatever they hold.
+        segment_ids: Integer tensor of shape `(batch, length)`, for several
+            documents in a row: where it changes, the state starts anew, as if
+            each document were alone. The first goes on with the initial state.
 
     Returns:
         A tensor of shape `(batch, length, features)`, or `(batch, features)`
@@ -107,7 +117,7 @@ class HLA(keras.layers.Layer):
         self.states = None  # those of a stateful layer
         self.supports_masking = True
 
-    def build(self, sequences_shape, initial_state_shape=None):
+    def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
         batch, features = sequences_shape[0], sequences_shape[-1]
         self.cell.build((batch, features))
         if self.stateful:
@@ -138,12 +148,13 @@ class HLA(keras.layers.Layer):
             for state in self.states:
                 state.assign(ops.zeros(state.shape, state.dtype))
 
-    def call(self, sequences, initial_state=None, mask=None):
+    def call(self, sequences, initial_state=None, mask=None, segment_ids=None):
         if mask is None:  # Keras fills it in only where `sequences` is the one tensor.
             mask = getattr(sequences, "_keras_mask", None)
-        self._check(sequences, initial_state, mask)
+        self._check(sequences, initial_state, mask, segment_ids)
         if self.go_backwards:
             sequences = ops.flip(sequences, axis=1)
+            segment_ids = None if segment_ids is None else ops.flip(segment_ids, axis=1)
         if mask is not None:
             mask = ops.cast(mask, "bool")
             mask = ops.flip(mask, axis=1) if self.go_backwards else mask
@@ -161,6 +172,7 @@ class HLA(keras.layers.Layer):
             normalize=self.cell.normalize,
             epsilon=self.cell.epsilon,
             mask=mask,
+            segment_ids=segment_ids,
             initial_state=memory,
             return_state=True,
             chunk_size=self.chunk_size,
@@ -176,11 +188,13 @@ class HLA(keras.layers.Layer):
             output = _fill(output, mask, self.zero_output_for_mask)
         return (output, *states) if self.return_state else output
 
-    def _check(self, sequences, initial_state, mask):
+    def _check(self, sequences, initial_state, mask, segment_ids):
         check_rank(3, "(batch, length, features)", sequences=sequences)
         batch, length, _ = sequences.shape
         if mask is not None:
             check_mask(mask, batch, length)
+        if segment_ids is not None:
+            check_segment_ids(segment_ids, batch, length)
         if initial_state is not None:
             cell = self.cell
             check_states("initial_state", initial_state, batch, cell.state_size, cell.state_names)
@@ -213,15 +227,17 @@ class HLA(keras.layers.Layer):
         mask = previous_mask if self.return_sequences else None
         return [mask] + [None] * len(self.cell.state_size) if self.return_state else mask
 
-    def compute_output_shape(self, sequences_shape, initial_state_shape=None):
+    def compute_output_shape(
+        self, sequences_shape, initial_state_shape=None, segment_ids_shape=None
+    ):
         batch, length, features = sequences_shape
         output = (batch, length, features) if self.return_sequences else (batch, features)
         if not self.return_state:
             return output
         return (output, *((batch, *size) for size in self.cell.state_size))
 
-    def compute_output_spec(self, sequences, initial_state=None, mask=None):
-        self._check(sequences, initial_state, mask)
+    def compute_output_spec(self, sequences, initial_state=None, mask=None, segment_ids=None):
+        self._check(sequences, initial_state, mask, segment_ids)
         shapes = self.compute_output_shape(sequences.shape)
         if not self.return_state:
             return keras.KerasTensor(shapes, self.compute_dtype)
@@ -255,9 +271,5 @@ def _fill(output, mask, zero):
     """Puts zero, or the output of the last token that counts, where `mask` is false."""
     if zero:
         return ops.where(mask[..., None], output, 0)
-    count = ops.cumsum(ops.cast(mask, "int32"), axis=1)
-    steps = ops.arange(ops.shape(output)[1])
-    counting = ops.argsort(ops.where(mask, steps, steps[-1] + 1), axis=1)  # these first
-    last = ops.take_along_axis(counting, ops.maximum(count - 1, 0), axis=1)
-    output = ops.take_along_axis(output, last[..., None], axis=1)
-    return ops.where(count[..., None] > 0, output, 0)
+    output, some = fill_forward(output, mask)
+    return ops.where(some[..., None], output, 0)

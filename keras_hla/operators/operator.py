@@ -18,8 +18,9 @@ class Operator(abc.ABC):
     `combine` are for operators whose segments compose.
     """
 
-    #: Whether the chain makes no sense without an order of the tokens.
-    causal_only = False
+    #: Whether tokens read states as they were before them, that is in `exclusive` passes. Such an
+    #: operator has no form without an order, and a token's decay cannot make it forget in time.
+    exclusive = False
 
     @property
     @abc.abstractmethod

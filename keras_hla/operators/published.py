@@ -22,7 +22,7 @@ class HLA2Published(Operator):
 
     ridge: float = 0.0
     state_names = ("S", "C", "G")
-    causal_only = True
+    exclusive = True
 
     def with_options(self, masked, ridge):
         ridge = ridge or self.ridge
@@ -62,7 +62,7 @@ class HLA3Published(Operator):
     """
 
     state_names = ("S", "Q", "P", "G")
-    causal_only = True
+    exclusive = True
 
     def with_options(self, masked, ridge):
         return HLA3().with_options(masked, ridge) if ridge or not masked else self

@@ -26,6 +26,7 @@ def higher_order_attention(
     ridge=0.0,
     causal=True,
     mask=None,
+    segment_ids=None,
     initial_state=None,
     return_state=False,
     chunk_size=None,
@@ -75,6 +76,10 @@ def higher_order_attention(
         mask: Boolean (or integer) tensor of shape `(batch, length)`, true where
             a token counts. The others leave the state unchanged, whatever they hold,
             and have outputs of zero.
+        segment_ids: Integer tensor of shape `(batch, length)`, for several
+            documents in a row: where it changes from one token that counts to
+            the next, the state starts anew. The first document goes on with the
+            initial state.
         initial_state: List of states as returned with `return_state=True`.
         return_state: Whether to return the state after the last token.
         chunk_size: Largest number of tokens of a chunk, for the causal
@@ -122,6 +127,11 @@ def higher_order_attention(
                 f"and without `initial_state` and `return_state`. Received: form={form!r}"
             )
         check_noncausal(operator, log_decay, masked)
+    if segment_ids is not None and (operator.exclusive or not causal):
+        raise ValueError(
+            "Argument `segment_ids` needs causal=True and an operator that reads no state from "
+            f"before a token. Received: causal={causal}, operator={type(operator).__name__}"
+        )
     check_rank(4, "(batch, length, heads, dim)", query=query, key=key, value=value)
     evaluate = {
         "chunked": functools.partial(forms.chunked, chunk_size=chunk_size),
@@ -130,7 +140,7 @@ def higher_order_attention(
     }[form]
     if form == "chunked" and not causal:
         evaluate = forms.unordered
-    inputs = prepare(query, key, value, log_decay, mask)
+    inputs = prepare(query, key, value, log_decay, mask, segment_ids)
     output, state = _evaluate(evaluate, operator, inputs, initial_state, normalize, epsilon)
     output = ops.cast(ungroup_sequence(output), query.dtype)
     return (output, [ungroup(x) for x in state]) if return_state else output
@@ -248,7 +258,7 @@ def check_noncausal(operator, log_decay, masked):
             f"is no mask for `masked=False` to leave out. Received: log_decay={log_decay}, "
             f"masked={masked}"
         )
-    if operator.causal_only:
+    if operator.exclusive:
         raise ValueError(
             f"Operator {type(operator).__name__} is defined by its causal recurrence, without a "
             "form for `causal=False`. Received: causal=False"

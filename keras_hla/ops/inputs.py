@@ -5,8 +5,15 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_hla.checks import check_attention_inputs, check_log_decay, check_mask, check_states
-from keras_hla.layout import apply_mask, group, group_log_decay, group_sequence
+from keras_hla.checks import (
+    check_attention_inputs,
+    check_log_decay,
+    check_mask,
+    check_segment_ids,
+    check_states,
+)
+from keras_hla.layout import apply_mask, apply_segments, group, group_log_decay, group_sequence
+from keras_hla.scan import zero_decay
 
 
 class Inputs(NamedTuple):
@@ -18,7 +25,7 @@ class Inputs(NamedTuple):
     log_decay: Any
 
 
-def prepare(query, key, value, log_decay, mask):
+def prepare(query, key, value, log_decay, mask, segment_ids=None):
     """Checks `(batch, length, heads, dim)` tensors, and returns `Inputs`."""
     query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
     check_attention_inputs(query, key, value)
@@ -27,6 +34,9 @@ def prepare(query, key, value, log_decay, mask):
     log_decay = check_log_decay(log_decay, batch, length, (heads, key_heads))
     if mask is not None:
         check_mask(mask, batch, length)
+        mask = ops.cast(mask, "bool")
+    if segment_ids is not None:
+        check_segment_ids(segment_ids, batch, length)
 
     dtype = state_dtype(query.dtype)
     query, key, value = (group_sequence(ops.cast(x, dtype), key_heads) for x in (query, key, value))
@@ -34,6 +44,10 @@ def prepare(query, key, value, log_decay, mask):
         log_decay = group_log_decay(log_decay, ops.shape(query)[-2], key_heads, dtype)
     if mask is not None:
         query, key, value, log_decay = apply_mask(mask, query, key, value, log_decay)
+    if segment_ids is not None:
+        segment_ids = ops.convert_to_tensor(segment_ids)
+        log_decay = apply_segments(segment_ids, mask, log_decay, zero_decay(dtype))
+        log_decay = ops.cast(log_decay, dtype)
     return Inputs(query, key, value, log_decay)
 
 
