@@ -30,7 +30,7 @@ CONFIGURATIONS = {
 BACKEND = keras.config.backend()
 TRAININGS = [(name, BACKEND == "jax") for name in ("plain", "learned", "input")]
 if BACKEND == "tensorflow":
-    TRAININGS += [("multiscale", True), ("input", True)]
+    TRAININGS.append(("input", True))
 every_configuration = pytest.mark.parametrize("name", CONFIGURATIONS)
 
 
