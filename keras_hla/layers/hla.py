@@ -114,7 +114,7 @@ class HLA(keras.layers.Layer):
         self.stateful = stateful
         self.zero_output_for_mask = zero_output_for_mask
         self.chunk_size = chunk_size
-        self.states = None  # those of a stateful layer
+        self.states: list = []  # the variables of a stateful layer
         self.supports_masking = True
 
     def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
