@@ -142,8 +142,10 @@ def zero_decay(dtype):
 
 
 def _clip(log_decay):
-    # What is below is zero anyway, and sums of it would lose their exactness.
-    return ops.maximum(log_decay, zero_decay(keras.backend.standardize_dtype(log_decay.dtype)))
+    # What is below is zero anyway, and sums of it would lose their exactness. (Not by `maximum`,
+    # which makes float32 of float64 under torch.)
+    zero = zero_decay(keras.backend.standardize_dtype(log_decay.dtype))
+    return ops.where(log_decay > zero, log_decay, zero)
 
 
 def _power(decay, power):
