@@ -54,11 +54,11 @@ def apply_segments(segment_ids, mask, log_decay, zero):
     Tokens where `mask` is false belong to no segment. The first segment goes on
     with the initial state.
     """
-    before = segment_ids[:, :-1]
-    starts = segment_ids[:, 1:] != before
+    before, counts = segment_ids, True
     if mask is not None:
         before, some = fill_forward(segment_ids, mask)
-        starts = some[:, :-1] & mask[:, 1:] & (segment_ids[:, 1:] != before[:, :-1])
+        counts = some[:, :-1] & mask[:, 1:]
+    starts = (segment_ids[:, 1:] != before[:, :-1]) & counts
     first = ops.zeros_like(segment_ids[:, :1], dtype="bool")
     starts = ops.concatenate([first, starts], axis=1)[:, None, None, :]
     return ops.where(starts, zero, 0.0 if log_decay is None else log_decay)

@@ -22,7 +22,6 @@ VARIANTS = {
     "hla3_published": {},
 }
 VARIANTS = {name: {"operator": name.split()[0], **options} for name, options in VARIANTS.items()}
-OPERATORS = sorted({options["operator"] for options in VARIANTS.values()})
 PROBLEMS = ("none", "decay", "normalized")
 FORMS = ("chunked", "recurrent", "matrix")
 FORWARD, GRADIENT = 1e-5, 1e-4  # largest relative RMS errors in float32

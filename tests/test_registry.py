@@ -27,9 +27,8 @@ class Cascade(Operator):
     def step(self, state, query, key, value, decay):
         new = []
         for M in state:
-            M = decay * M + outer(key, value)  # noqa: PLW2901
-            new.append(M)
-            value = read(M, query)
+            new.append(decay * M + outer(key, value))
+            value = read(new[-1], query)
         return value, tuple(new)
 
     def chain(self, scan, state, query, key, value):

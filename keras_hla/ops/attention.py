@@ -134,16 +134,16 @@ def higher_order_attention(
         )
     check_rank(4, "(batch, length, heads, dim)", query=query, key=key, value=value)
     evaluate = {
-        "chunked": functools.partial(forms.chunked, chunk_size=chunk_size),
+        "chunked": functools.partial(forms.chunked, chunk_size=chunk_size)
+        if causal
+        else forms.unordered,
         "recurrent": forms.recurrent,
         "matrix": functools.partial(forms.matrix, causal=causal),
     }[form]
-    if form == "chunked" and not causal:
-        evaluate = forms.unordered
     inputs = prepare(query, key, value, log_decay, mask, segment_ids)
     output, state = _evaluate(evaluate, operator, inputs, initial_state, normalize, epsilon)
-    output = ops.cast(ungroup_sequence(output), query.dtype)
-    return (output, [ungroup(x) for x in state]) if return_state else output
+    output = ops.cast(output, query.dtype)
+    return (output, state) if return_state else output
 
 
 def causal_linear_attention(
@@ -169,7 +169,7 @@ def causal_linear_attention(
         initial_state: List that holds `H`, shape
             `(batch, key_value_heads, dim, value_dim)`.
         return_state: Whether to return the state after the last token.
-        chunk_size: Largest number of tokens of a chunk. `None` is 64.
+        chunk_size: Largest number of tokens of a chunk. `None` chooses.
 
     Returns:
         The output, `(batch, length, heads, value_dim)`, or with
@@ -246,8 +246,7 @@ def attention_step(
     output, state = _evaluate(
         forms.step, operator, inputs, state, normalize, epsilon, state_name="state"
     )
-    output = ops.cast(ungroup_sequence(output), query.dtype)
-    return output[:, 0], [ungroup(x) for x in state]
+    return ops.cast(output[:, 0], query.dtype), state
 
 
 def check_noncausal(operator, log_decay, masked):
@@ -266,7 +265,10 @@ def check_noncausal(operator, log_decay, masked):
 
 
 def _evaluate(evaluate, operator, inputs, state, normalize, epsilon, state_name="initial_state"):
-    """Calls one of `keras_hla.forms`, on the values and, to normalize, on values of one."""
+    """Calls one of `keras_hla.forms`, on the values and, to normalize, on values of one.
+
+    Returns the output and the list of states, if the form has any, in the public layout.
+    """
     check_number("epsilon", epsilon, "a positive number", lambda x: x > 0)
     if normalize:
         ones = ops.ones_like(inputs.value[..., :1])
@@ -276,4 +278,4 @@ def _evaluate(evaluate, operator, inputs, state, normalize, epsilon, state_name=
     output, state = evaluate(operator, *inputs, state)
     if normalize:
         output = output[..., :-1] / (output[..., -1:] + epsilon)
-    return output, state
+    return ungroup_sequence(output), state and [ungroup(x) for x in state]
