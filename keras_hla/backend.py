@@ -19,13 +19,13 @@ def cumulative_sum(x):
     return ops.cumsum(x, axis=-1)
 
 
-def scan_tokens(step, state, inputs):
-    """Calls `output, state = step(state, token)` for one token after the other, differentiably.
+def scan_serially(step, state, inputs):
+    """Calls `output, state = step(state, entries)` for entry after entry, differentiably.
 
     Args:
-        step: takes the tuple of states and the tuple of one token's inputs.
+        step: takes the tuple of states and the tuple of one entry of each of the inputs.
         state: tuple of tensors, whose shapes and dtypes `step` keeps.
-        inputs: tuple of tensors whose first axis is the length.
+        inputs: tuple of tensors whose first axis is that of the entries.
 
     Returns:
         The outputs, stacked along the first axis, and the last states.
@@ -34,8 +34,8 @@ def scan_tokens(step, state, inputs):
         # `keras.ops.scan` wants outputs shaped like states there, and has no gradient under XLA.
         return _scan_tensorflow(step, state, inputs)
 
-    def body(state, token):
-        output, state = step(state, token)
+    def body(state, entries):
+        output, state = step(state, entries)
         return state, output
 
     state, outputs = ops.scan(body, state, inputs)
@@ -54,6 +54,44 @@ def _scan_tensorflow(step, state, inputs):
         return t + 1, state, outputs.write(t, output)
 
     _, state, outputs = tf.while_loop(
-        lambda t, *_: t < bound, body, (0, tuple(state), outputs), maximum_iterations=bound
+        lambda t, *_: t < bound,
+        body,
+        (0, tuple(state), outputs),
+        maximum_iterations=bound,
+        parallel_iterations=1,
     )
     return outputs.stack(), state
+
+
+def scan_recomputed(step, state, inputs, variables):
+    """`scan_serially` for large entries, of which the backward pass computes each again.
+
+    It keeps the states between the entries, and what it needs of one entry at a time.
+
+    Args:
+        step: as in `scan_serially`.
+        state: as in `scan_serially`.
+        inputs: as in `scan_serially`.
+        variables: list of the `keras.Variable`s that `step` reads.
+    """
+    if keras.config.backend() == "tensorflow":
+        return _scan_recomputed_tensorflow(step, state, inputs, variables)
+    return scan_serially(keras.remat(step), state, inputs)
+
+
+def _scan_recomputed_tensorflow(step, state, inputs, variables):
+    # In a `tf.while_loop` a recomputed function finds gradients of its arguments alone, and none
+    # of booleans.
+    import tensorflow as tf
+
+    dtypes = [x.dtype for x in inputs]
+    variables = [v for v in variables if "float" in v.dtype]
+    values = tuple(tf.convert_to_tensor(v) for v in variables)
+
+    @tf.recompute_grad
+    def recomputed(state, entries, values):
+        with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
+            return step(state, tuple(map(tf.cast, entries, dtypes)))
+
+    inputs = tuple(tf.cast(x, state[0].dtype) if x.dtype == tf.bool else x for x in inputs)
+    return _scan_tensorflow(lambda *entry: recomputed(*entry, values), state, inputs)

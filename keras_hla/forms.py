@@ -10,7 +10,7 @@ forms without states, `matrix` and `unordered`, take and return `None`.
 
 from keras import ops
 
-from keras_hla.backend import DEFAULT_CHUNK_SIZE, scan_tokens
+from keras_hla.backend import DEFAULT_CHUNK_SIZE, scan_serially
 from keras_hla.layout import group
 from keras_hla.scan import (
     ChunkedScan,
@@ -63,7 +63,7 @@ def recurrent(operator, query, key, value, log_decay, state):
     def one_token(state, token):
         return _step(operator, state, *token)
 
-    output, state = scan_tokens(one_token, state, tuple(inputs))
+    output, state = scan_serially(one_token, state, tuple(inputs))
     return ops.moveaxis(output, 0, -2), state
 
 

@@ -48,11 +48,10 @@ def group_log_decay(log_decay, length, key_heads, dtype):
     return group(ops.swapaxes(log_decay, 1, 2), key_heads)
 
 
-def apply_segments(segment_ids, mask, log_decay, zero):
-    """Makes the first token of each segment forget all before it, by the log-decay `zero`.
+def segment_starts(segment_ids, mask):
+    """Where a segment starts, `(batch, length)`, but for the first one, which goes on.
 
-    Tokens where `mask` is false belong to no segment. The first segment goes on
-    with the initial state.
+    Tokens where `mask` is false belong to no segment.
     """
     before, counts = segment_ids, True
     if mask is not None:
@@ -60,8 +59,24 @@ def apply_segments(segment_ids, mask, log_decay, zero):
         counts = some[:, :-1] & mask[:, 1:]
     starts = (segment_ids[:, 1:] != before[:, :-1]) & counts
     first = ops.zeros_like(segment_ids[:, :1], dtype="bool")
-    starts = ops.concatenate([first, starts], axis=1)[:, None, None, :]
-    return ops.where(starts, zero, 0.0 if log_decay is None else log_decay)
+    return ops.concatenate([first, starts], axis=1)
+
+
+def count_tokens(mask):
+    """The number of tokens that count, up to each, `(batch, length)`."""
+    return ops.cumsum(ops.cast(mask, "int32"), axis=1)
+
+
+def compact(x, mask):
+    """The entries of `x`, `(batch, length, ...)`, those first where `mask` is true."""
+    steps = ops.arange(ops.shape(mask)[1])
+    return take(x, ops.argsort(ops.where(mask, steps, steps[-1] + 1), axis=1))
+
+
+def take(x, index):
+    """The entries of `x`, `(batch, length, ...)`, at each row's indices, `(batch, n)`."""
+    index = ops.reshape(index, (*ops.shape(index), *[1] * (len(x.shape) - 2)))
+    return ops.take_along_axis(x, index, axis=1)
 
 
 def fill_forward(x, mask):
@@ -74,12 +89,8 @@ def fill_forward(x, mask):
     Returns:
         A tensor of the shape of `x`, and where it holds such an entry, `(batch, length)`.
     """
-    count = ops.cumsum(ops.cast(mask, "int32"), axis=1)
-    steps = ops.arange(ops.shape(mask)[1])
-    counting = ops.argsort(ops.where(mask, steps, steps[-1] + 1), axis=1)  # these first
-    last = ops.take_along_axis(counting, ops.maximum(count - 1, 0), axis=1)
-    last = ops.reshape(last, (*ops.shape(last), *[1] * (len(x.shape) - 2)))
-    return ops.take_along_axis(x, last, axis=1), count > 0
+    count = count_tokens(mask)
+    return take(compact(x, mask), ops.maximum(count - 1, 0)), count > 0
 
 
 def apply_mask(mask, query, key, value, log_decay):

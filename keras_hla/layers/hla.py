@@ -1,5 +1,7 @@
 """The layer: its cell's loop, evaluated in parallel."""
 
+import functools
+
 import keras
 from keras import ops
 
@@ -11,8 +13,10 @@ from keras_hla.checks import (
     check_states,
 )
 from keras_hla.layers.hla_cell import HLACell
-from keras_hla.layout import fill_forward
+from keras_hla.layers.pieces import scan_in_pieces
+from keras_hla.layout import fill_forward, segment_starts
 from keras_hla.ops import higher_order_attention
+from keras_hla.ops.attention import check_noncausal, check_segments_allowed
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
@@ -43,13 +47,22 @@ class HLA(keras.layers.Layer):
         zero_output_for_mask: Whether the output of a token that does not count
             is zero. By default it is the output before it, as in
             `keras.layers.GRU`.
+        causal: `False` lets every token read the whole sequence, still in linear
+            time. It goes without decay, convolution and state.
         chunk_size: Largest number of tokens of a chunk. It changes time and
             memory, not the result. `None` chooses.
+        remat_length: Longest sequence of which all is kept that the gradients
+            need. A longer one is taken in pieces of at most this length, each
+            computed a second time for its gradients, which saves memory. `None`
+            is no limit. It needs a length known when the call is traced, and
+            `causal=True`.
         **kwargs: Arguments of `HLACell` (`num_key_value_heads`, `operator`,
-            `decay`, `rope_max_wavelength`, `scale`, `feature_map`, `qk_norm`,
-            `masked`, `normalize`, `epsilon`, `ridge`, `output_norm`,
-            `output_gate`, `use_bias`, and the initializers, regularizers and
-            constraints of the projections) and of `keras.layers.Layer`.
+            `decay`, `rope_max_wavelength`, `scale`, `feature_map`,
+            `conv_kernel_size`, `conv_activation`, `qk_norm`, `masked`,
+            `normalize`, `epsilon`, `ridge`, `output_norm`, `output_gate`,
+            `dropout`, `output_shape`, `use_bias`, `seed`, and the initializers,
+            regularizers and constraints of the projections) and of
+            `keras.layers.Layer`.
 
     Call arguments:
         sequences: Tensor of shape `(batch, length, features)`.
@@ -61,15 +74,18 @@ class HLA(keras.layers.Layer):
         segment_ids: Integer tensor of shape `(batch, length)`, for several
             documents in a row: where it changes, the state starts anew, as if
             each document were alone. The first goes on with the initial state.
+        training: Whether to drop outputs, where `dropout` is set.
 
     Returns:
         A tensor of shape `(batch, length, features)`, or `(batch, features)`
-        with `return_sequences=False`. With `return_state=True` a tuple of that
+        with `return_sequences=False`; `output_shape`, if set, is its number of
+        features. With `return_state=True` a tuple of that
         tensor and the states, float32 (float64 under a float64 policy): for
         `"hla2"` `S`, `(batch, num_key_value_heads, key_dim, key_dim)` (as many
         as `num_heads` where decays differ by head); `F`, `(batch, num_heads,
-        key_dim, value_dim)`; and the position, `(batch, 1)`, if there is a
-        rotary embedding.
+        key_dim, value_dim)`; then, if there is a convolution, the window of the
+        last tokens that it reads, and if there is a rotary embedding, the
+        position, `(batch, 1)`.
 
     Raises:
         ValueError: if an argument is outside of what it may be.
@@ -96,7 +112,9 @@ class HLA(keras.layers.Layer):
         go_backwards=False,
         stateful=False,
         zero_output_for_mask=False,
+        causal=True,
         chunk_size=None,
+        remat_length=8192,
         name=None,
         trainable=True,
         dtype=None,
@@ -105,6 +123,7 @@ class HLA(keras.layers.Layer):
         # Without autocasting, states stay float32; the cell's projections cast for themselves.
         super().__init__(name=name, trainable=trainable, dtype=dtype, autocast=False)
         check_positive_int("chunk_size", chunk_size, optional=True)
+        check_positive_int("remat_length", remat_length, optional=True)
         self.cell = HLACell(
             num_heads, key_dim, value_dim, name="cell", dtype=self.dtype_policy, **kwargs
         )
@@ -113,9 +132,13 @@ class HLA(keras.layers.Layer):
         self.go_backwards = go_backwards
         self.stateful = stateful
         self.zero_output_for_mask = zero_output_for_mask
+        self.causal = causal
         self.chunk_size = chunk_size
+        self.remat_length = remat_length
         self.states: list = []  # the variables of a stateful layer
         self.supports_masking = True
+        if not causal:
+            self._check_noncausal()
 
     def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
         batch, features = sequences_shape[0], sequences_shape[-1]
@@ -148,45 +171,85 @@ class HLA(keras.layers.Layer):
             for state in self.states:
                 state.assign(ops.zeros(state.shape, state.dtype))
 
-    def call(self, sequences, initial_state=None, mask=None, segment_ids=None):
+    def call(self, sequences, initial_state=None, mask=None, segment_ids=None, training=None):
         if mask is None:  # Keras fills it in only where `sequences` is the one tensor.
             mask = getattr(sequences, "_keras_mask", None)
         self._check(sequences, initial_state, mask, segment_ids)
+        mask = None if mask is None else ops.cast(mask, "bool")
         if self.go_backwards:
-            sequences = ops.flip(sequences, axis=1)
-            segment_ids = None if segment_ids is None else ops.flip(segment_ids, axis=1)
+            sequences, mask, segment_ids = (
+                x if x is None else ops.flip(x, axis=1) for x in (sequences, mask, segment_ids)
+            )
         if mask is not None:
-            mask = ops.cast(mask, "bool")
-            mask = ops.flip(mask, axis=1) if self.go_backwards else mask
             sequences = ops.where(mask[..., None], sequences, 0)
+        starts = None
+        if segment_ids is not None:
+            starts = segment_starts(ops.convert_to_tensor(segment_ids), mask)
         states = self._starting_states(sequences, initial_state)
-        memory, position = self.cell.split_states(states)
-        position, end = self._positions(sequences, mask, *position)
-        query, key, value, log_decay = self.cell.project(sequences, *position)
-        output, memory = higher_order_attention(
-            query,
-            key,
-            value,
-            self.cell.operator,
-            log_decay=log_decay,
-            normalize=self.cell.normalize,
-            epsilon=self.cell.epsilon,
-            mask=mask,
-            segment_ids=segment_ids,
-            initial_state=memory,
-            return_state=True,
-            chunk_size=self.chunk_size,
-        )
-        states = [*memory, *end]
+        output, states = self._in_pieces(states, sequences, mask, starts)
         if self.stateful:
             for variable, state in zip(self.states, states, strict=True):
                 variable.assign(state)
-        output = self.cell.finish(output, sequences)
+        output = self.cell.drop(output, training)
         if not self.return_sequences:
             output = _last(output, mask)
         elif mask is not None:
             output = _fill(output, mask, self.zero_output_for_mask)
         return (output, *states) if self.return_state else output
+
+    def _in_pieces(self, states, sequences, mask, starts):
+        length = sequences.shape[1]
+        inputs = {"sequences": sequences, "mask": mask, "starts": starts}
+        if self.causal and length and self.remat_length and length > self.remat_length:
+            return scan_in_pieces(
+                self._one_piece, states, inputs, self.remat_length, self.cell.weights
+            )
+        return self._one_piece(states, **inputs)
+
+    def _one_piece(self, states, sequences, mask=None, starts=None):
+        """The outputs, before dropout, and the tuple of states."""
+        cell = self.cell
+        memory, context = cell.split_states(states)
+        inputs, context = cell.project(sequences, context, mask, starts)
+        query, key, value, log_decay = inputs
+        attend = functools.partial(
+            higher_order_attention,
+            query,
+            key,
+            value,
+            cell.operator,
+            log_decay=log_decay,
+            normalize=cell.normalize,
+            epsilon=cell.epsilon,
+            mask=mask,
+        )
+        if self.causal:
+            output, memory = attend(
+                initial_state=memory, return_state=True, chunk_size=self.chunk_size
+            )
+        else:
+            output = attend(causal=False)
+        return cell.finish(output, sequences), (*memory, *context.values())
+
+    def _check_noncausal(self):
+        cell = self.cell
+        for name, value in (
+            ("decay", cell.decay),
+            ("conv_kernel_size", cell.conv_kernel_size),
+            ("chunk_size", self.chunk_size),
+        ):
+            if value is not None:
+                raise ValueError(
+                    f"With `causal=False` tokens have no order: `{name}` must be None. "
+                    f"Received: {name}={value!r}"
+                )
+        for name in ("return_state", "go_backwards", "stateful"):
+            if getattr(self, name):
+                raise ValueError(
+                    "With `causal=False` there is no state and no direction: "
+                    f"`{name}` must be False. Received: {name}={getattr(self, name)!r}"
+                )
+        check_noncausal(cell.operator, cell.decay, cell.masked)
 
     def _check(self, sequences, initial_state, mask, segment_ids):
         check_rank(3, "(batch, length, features)", sequences=sequences)
@@ -195,6 +258,12 @@ class HLA(keras.layers.Layer):
             check_mask(mask, batch, length)
         if segment_ids is not None:
             check_segment_ids(segment_ids, batch, length)
+            check_segments_allowed(self.cell.operator, self.causal)
+        if not self.causal and initial_state is not None:
+            raise ValueError(
+                "With `causal=False` there is no state: `initial_state` must be None. "
+                f"Received: initial_state={initial_state}"
+            )
         if initial_state is not None:
             cell = self.cell
             check_states("initial_state", initial_state, batch, cell.state_size, cell.state_names)
@@ -213,16 +282,6 @@ class HLA(keras.layers.Layer):
             return [ops.copy(state) for state in self.states]
         return self.get_initial_state(ops.shape(sequences)[0])
 
-    def _positions(self, sequences, mask, start=None):
-        """The tokens' positions, `(batch, length)`, and the next one, `(batch, 1)`, in lists."""
-        if start is None:
-            return [], []
-        if mask is None:
-            count = ops.cast(ops.arange(1, ops.shape(sequences)[1] + 1), start.dtype)[None]
-        else:
-            count = ops.cumsum(ops.cast(mask, start.dtype), axis=1)
-        return [start + count - 1], [start + count[:, -1:]]
-
     def compute_mask(self, sequences, previous_mask=None):
         mask = previous_mask if self.return_sequences else None
         return [mask] + [None] * len(self.cell.state_size) if self.return_state else mask
@@ -231,12 +290,15 @@ class HLA(keras.layers.Layer):
         self, sequences_shape, initial_state_shape=None, segment_ids_shape=None
     ):
         batch, length, features = sequences_shape
+        (_, features), _ = self.cell.compute_output_shape((batch, features))
         output = (batch, length, features) if self.return_sequences else (batch, features)
         if not self.return_state:
             return output
         return (output, *((batch, *size) for size in self.cell.state_size))
 
-    def compute_output_spec(self, sequences, initial_state=None, mask=None, segment_ids=None):
+    def compute_output_spec(
+        self, sequences, initial_state=None, mask=None, segment_ids=None, training=None
+    ):
         self._check(sequences, initial_state, mask, segment_ids)
         shapes = self.compute_output_shape(sequences.shape)
         if not self.return_state:
@@ -256,7 +318,9 @@ class HLA(keras.layers.Layer):
             "go_backwards": self.go_backwards,
             "stateful": self.stateful,
             "zero_output_for_mask": self.zero_output_for_mask,
+            "causal": self.causal,
             "chunk_size": self.chunk_size,
+            "remat_length": self.remat_length,
         }
 
 

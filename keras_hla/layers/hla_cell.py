@@ -2,14 +2,17 @@
 
 import keras
 from keras import ops
+import numpy as np
 
 from keras_hla import operators
 from keras_hla.checks import check_head_groups, check_number, check_positive_int
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.rotary import rotary_embedding
+from keras_hla.layers.short_convolution import ShortConvolution
+from keras_hla.layout import count_tokens
 from keras_hla.ops import attention_step
-from keras_hla.ops.inputs import state_dtype
+from keras_hla.ops.inputs import forget_at, state_dtype
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
@@ -49,6 +52,11 @@ class HLACell(keras.layers.Layer):
             embedding: the name of a Keras activation (`"relu"`, `"softplus"`,
             ...), `"elu_plus_one"`, or a callable of tensors `(..., key_dim)` that
             keeps their shape. `None` is none, as in the paper.
+        conv_kernel_size: Number of tokens, 2 or more, over which a causal
+            convolution mixes each feature of the projected queries, keys and
+            values alone, before all else. It adds the last `conv_kernel_size - 1`
+            tokens to the state. `None` is no convolution.
+        conv_activation: Activation after the convolution, or `None`.
         qk_norm: Whether each head's queries and keys are divided by their root
             mean square, with a trained scale per feature, before the feature map.
         masked: As in `keras_hla.ops.higher_order_attention`.
@@ -61,6 +69,8 @@ class HLACell(keras.layers.Layer):
         output_gate: Activation of a gate that is computed from the inputs and
             multiplies the heads' outputs, after their norm: `"silu"`, or another
             name or callable. `None` is no gate.
+        dropout: Share in [0, 1) of the outputs that are dropped in training.
+        output_shape: Number of features of the output. `None` is that of the input.
         use_bias: Whether the projections have a bias.
         kernel_initializer: Initializer of the projections' kernels.
         bias_initializer: Initializer of the projections' biases.
@@ -68,12 +78,14 @@ class HLACell(keras.layers.Layer):
         bias_regularizer: Regularizer of the projections' biases.
         kernel_constraint: Constraint of the projections' kernels.
         bias_constraint: Constraint of the projections' biases.
+        seed: Integer, seed of the dropout.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
         inputs: Tensor of shape `(batch, features)`.
         states: List of the states before the token, of shapes
             `(batch, *size)` for the entries of `state_size`.
+        training: Whether to drop outputs.
 
     Returns:
         The tuple `(output, states)`: a tensor of shape `(batch, features)`, and
@@ -107,6 +119,8 @@ class HLACell(keras.layers.Layer):
         rope_max_wavelength=10_000,
         scale=None,
         feature_map=None,
+        conv_kernel_size=None,
+        conv_activation="silu",
         qk_norm=False,
         masked=True,
         normalize=False,
@@ -114,6 +128,8 @@ class HLACell(keras.layers.Layer):
         ridge=0.0,
         output_norm=True,
         output_gate=None,
+        dropout=0.0,
+        output_shape=None,
         use_bias=True,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
@@ -121,6 +137,7 @@ class HLACell(keras.layers.Layer):
         bias_regularizer=None,
         kernel_constraint=None,
         bias_constraint=None,
+        seed=None,
         **kwargs,
     ):
         # Without autocasting, states stay float32; the projections cast for themselves.
@@ -146,6 +163,14 @@ class HLACell(keras.layers.Layer):
         self.num_key_value_heads = num_key_value_heads or num_heads
         check_head_groups(self.num_heads, self.num_key_value_heads)
         check_number("epsilon", epsilon, "a positive number", lambda x: x > 0)
+        check_number("dropout", dropout, "a number in [0, 1)", lambda x: 0 <= x < 1)
+        check_positive_int("output_shape", output_shape, optional=True)
+        check_positive_int("conv_kernel_size", conv_kernel_size, optional=True)
+        if conv_kernel_size == 1:
+            raise ValueError(
+                "Argument `conv_kernel_size` must be None or an integer of 2 or more. "
+                "Received: conv_kernel_size=1"
+            )
         self.operator = operators.get(operator, masked, ridge)
         self._operator_name = operators.name_of(operators.get(operator))
         self.masked = masked
@@ -156,9 +181,14 @@ class HLACell(keras.layers.Layer):
         self.rope_max_wavelength = rope_max_wavelength
         self.scale = key_dim**-0.5 if scale is None else scale
         self.feature_map = get_activation("feature_map", feature_map)
+        self.conv_kernel_size = conv_kernel_size
+        self.conv_activation = get_activation("conv_activation", conv_activation)
         self.qk_norm = qk_norm
         self.output_norm = output_norm
         self.output_gate = get_activation("output_gate", output_gate)
+        self.dropout = dropout
+        self.seed = seed
+        self._output_shape = output_shape
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -168,10 +198,10 @@ class HLACell(keras.layers.Layer):
         self.bias_constraint = keras.constraints.get(bias_constraint)
 
     def build(self, input_shape):
-        self.output_size = input_shape[-1]
         self.query_dense = self._dense(self.num_heads * self.key_dim, "query")
         self.key_dense = self._dense(self.num_key_value_heads * self.key_dim, "key")
         self.value_dense = self._dense(self.num_key_value_heads * self.value_dim, "value")
+        self.output_size = self._output_shape or input_shape[-1]
         self.output_dense = self._dense(self.output_size, "output")
         inner = [self.query_dense, self.key_dense, self.value_dense]
         if self.output_gate is not None:
@@ -180,6 +210,11 @@ class HLACell(keras.layers.Layer):
         for dense in inner:
             dense.build(input_shape)
         self.output_dense.build((*input_shape[:-1], self.num_heads * self.value_dim))
+        if self.conv_kernel_size is not None:
+            self.conv = ShortConvolution(
+                self.conv_kernel_size, self.conv_activation, dtype=self.state_dtype, name="conv"
+            )
+            self.conv.build((*input_shape[:-1], sum(self._projected_sizes)))
         if self.decay is not None:
             self.log_decay = LogDecay(
                 self.decay, self.num_heads, dtype=self.state_dtype, name="decay"
@@ -190,6 +225,10 @@ class HLACell(keras.layers.Layer):
             self.key_norm = self._norm("key_norm", self.key_dim)
         if self.output_norm:
             self.norm = self._norm("norm", self.value_dim)
+        if self.dropout:
+            self.dropout_layer = keras.layers.Dropout(
+                self.dropout, seed=self.seed, dtype=self.dtype_policy, name="dropout"
+            )
 
     @property
     def state_dtype(self):
@@ -198,9 +237,10 @@ class HLACell(keras.layers.Layer):
 
     @property
     def state_names(self):
-        """The names of the states, in order: the operator's, and `"position"`."""
+        """The names of the states, in order: the operator's, `"window"`, and `"position"`."""
+        conv = () if self.conv_kernel_size is None else ("window",)
         rope = () if self.rope_max_wavelength is None else ("position",)
-        return self.operator.state_names + rope
+        return self.operator.state_names + conv + rope
 
     @property
     def state_size(self):
@@ -208,49 +248,75 @@ class HLACell(keras.layers.Layer):
         own_decays = self.decay is not None and not isinstance(self.decay, float)
         moments = self.num_heads if own_decays else self.num_key_value_heads
         value_dim = self.value_dim + self.normalize  # with a column for the denominator
-        sizes = self.operator.state_shapes(moments, self.num_heads, self.key_dim, value_dim)
-        rope = () if self.rope_max_wavelength is None else ((1,),)
-        return [*sizes, *rope]
+        sizes = [*self.operator.state_shapes(moments, self.num_heads, self.key_dim, value_dim)]
+        if self.conv_kernel_size is not None:
+            sizes.append((self.conv_kernel_size - 1, sum(self._projected_sizes)))
+        if self.rope_max_wavelength is not None:
+            sizes.append((1,))
+        return sizes
+
+    @property
+    def _projected_sizes(self):
+        """The sizes of all heads' queries, keys and values."""
+        key_value_heads = self.num_key_value_heads
+        return (
+            self.num_heads * self.key_dim,
+            key_value_heads * self.key_dim,
+            key_value_heads * self.value_dim,
+        )
 
     def get_initial_state(self, batch_size):
         """Returns the list of states before the first token: zeros."""
         return [ops.zeros((batch_size, *size), self.state_dtype) for size in self.state_size]
 
-    def call(self, inputs, states):
-        memory, position = self.split_states(states)
-        query, key, value, log_decay = self.project(inputs, *(p[:, 0] for p in position))
+    def call(self, inputs, states, training=None):
+        memory, context = self.split_states(states)
+        (query, key, value, log_decay), context = self.project(inputs[:, None], context)
+        if log_decay is not None and len(log_decay.shape) == 3:
+            log_decay = log_decay[:, 0]
         output, memory = attention_step(
-            query,
-            key,
-            value,
+            query[:, 0],
+            key[:, 0],
+            value[:, 0],
             memory,
             self.operator,
             log_decay,
             normalize=self.normalize,
             epsilon=self.epsilon,
         )
-        return self.finish(output, inputs), [*memory, *(p + 1 for p in position)]
+        output = self.drop(self.finish(output, inputs), training)
+        return output, [*memory, *context.values()]
 
     def split_states(self, states):
-        """The operator's states, and a list of the position or of nothing."""
+        """The list of the operator's states, and a dictionary of the others."""
         memory = len(self.operator.state_names)
-        return list(states[:memory]), list(states[memory:])
+        context = zip(self.state_names[memory:], states[memory:], strict=True)
+        return list(states[:memory]), dict(context)
 
-    def project(self, inputs, position=None):
-        """The operator's inputs for any number of tokens.
+    def project(self, sequences, context, mask=None, starts=None):
+        """The operator's inputs.
 
         Args:
-            inputs: Tensor of shape `(..., features)`.
-            position: Tensor of shape `(...,)`, or `None` without rotary embedding.
+            sequences: Tensor of shape `(batch, length, features)`.
+            context: Dictionary of the states before them, without the operator's.
+            mask: Boolean tensor of shape `(batch, length)`.
+            starts: Boolean tensor of shape `(batch, length)`, true where a segment
+                starts that forgets all before it.
 
         Returns:
-            Query, key and value, `(..., heads, dim)`, and the log-decay, all in
-            the dtype of the states.
+            Query, key and value, `(batch, length, heads, dim)`, and the
+            log-decay, all in the dtype of the states; and the new context.
         """
-        query, key, value = (
-            ops.cast(dense(inputs), self.state_dtype)
+        projected = [
+            ops.cast(dense(sequences), self.state_dtype)
             for dense in (self.query_dense, self.key_dense, self.value_dense)
-        )
+        ]
+        if self.conv_kernel_size is not None:
+            joint = ops.concatenate(projected, axis=-1)
+            joint, window = self.conv(joint, context["window"], mask, starts)
+            projected = ops.split(joint, np.cumsum(self._projected_sizes)[:-1].tolist(), axis=-1)
+            context = context | {"window": window}
+        query, key, value = projected
         query = _split_heads(query, self.num_heads, self.key_dim)
         key = _split_heads(key, self.num_key_value_heads, self.key_dim)
         value = _split_heads(value, self.num_key_value_heads, self.value_dim)
@@ -259,11 +325,18 @@ class HLACell(keras.layers.Layer):
         if self.feature_map is not None:
             query, key = self.feature_map(query), self.feature_map(key)
         query = query * self.scale
-        if position is not None:
-            query = rotary_embedding(query, position, self.rope_max_wavelength)
-            key = rotary_embedding(key, position, self.rope_max_wavelength)
-        log_decay = None if self.decay is None else self.log_decay(inputs)
-        return query, key, value, log_decay
+        if self.rope_max_wavelength is not None:
+            start = context["position"]
+            count = _count(sequences, mask, start.dtype)
+            query, key = (
+                rotary_embedding(x, start + count - 1, self.rope_max_wavelength)
+                for x in (query, key)
+            )
+            context = context | {"position": start + count[:, -1:]}
+        log_decay = None if self.decay is None else self.log_decay(sequences)
+        if starts is not None:
+            log_decay = forget_at(starts[..., None], log_decay, self.state_dtype)
+        return (query, key, value, log_decay), context
 
     def finish(self, output, inputs):
         """From the operator's outputs `(..., heads, dim)` to the layer's, `(..., features)`."""
@@ -274,6 +347,10 @@ class HLACell(keras.layers.Layer):
         if self.output_gate is not None:
             output = output * self.output_gate(self.gate_dense(inputs))
         return self.output_dense(output)
+
+    def drop(self, output, training):
+        """Dropout, in training. It is apart because no part of a loop may draw random numbers."""
+        return self.dropout_layer(output, training=training) if self.dropout else output
 
     def _norm(self, name, dim):
         norm = keras.layers.RMSNormalization(dtype=self.state_dtype, name=name)
@@ -297,9 +374,9 @@ class HLACell(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape, states_shape=None):
         states = [(input_shape[0], *size) for size in self.state_size]
-        return tuple(input_shape), states
+        return (*input_shape[:-1], self._output_shape or input_shape[-1]), states
 
-    def compute_output_spec(self, inputs, states=None):
+    def compute_output_spec(self, inputs, states=None, training=None):
         output, states = self.compute_output_shape(inputs.shape)
         return keras.KerasTensor(output, self.compute_dtype), [
             keras.KerasTensor(shape, self.state_dtype) for shape in states
@@ -321,9 +398,13 @@ class HLACell(keras.layers.Layer):
             "epsilon": self.epsilon,
             "ridge": self.ridge,
             "feature_map": serialize_activation(self.feature_map),
+            "conv_kernel_size": self.conv_kernel_size,
+            "conv_activation": serialize_activation(self.conv_activation),
             "qk_norm": self.qk_norm,
             "output_norm": self.output_norm,
             "output_gate": serialize_activation(self.output_gate),
+            "dropout": self.dropout,
+            "output_shape": self._output_shape,
             "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
@@ -331,11 +412,19 @@ class HLACell(keras.layers.Layer):
             "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
             "bias_constraint": keras.constraints.serialize(self.bias_constraint),
+            "seed": self.seed,
         }
 
 
 def _split_heads(x, heads, dim):
     return ops.reshape(x, (*ops.shape(x)[:-1], heads, dim))
+
+
+def _count(sequences, mask, dtype):
+    """The number of tokens that count, up to each, `(batch or 1, length)`."""
+    if mask is None:
+        return ops.cast(ops.arange(1, ops.shape(sequences)[1] + 1), dtype)[None]
+    return ops.cast(count_tokens(mask), dtype)
 
 
 def _copy(initializer):

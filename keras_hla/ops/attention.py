@@ -127,11 +127,8 @@ def higher_order_attention(
                 f"and without `initial_state` and `return_state`. Received: form={form!r}"
             )
         check_noncausal(operator, log_decay, masked)
-    if segment_ids is not None and (operator.exclusive or not causal):
-        raise ValueError(
-            "Argument `segment_ids` needs causal=True and an operator that reads no state from "
-            f"before a token. Received: causal={causal}, operator={type(operator).__name__}"
-        )
+    if segment_ids is not None:
+        check_segments_allowed(operator, causal)
     check_rank(4, "(batch, length, heads, dim)", query=query, key=key, value=value)
     evaluate = {
         "chunked": functools.partial(forms.chunked, chunk_size=chunk_size)
@@ -261,6 +258,15 @@ def check_noncausal(operator, log_decay, masked):
         raise ValueError(
             f"Operator {type(operator).__name__} is defined by its causal recurrence, without a "
             "form for `causal=False`. Received: causal=False"
+        )
+
+
+def check_segments_allowed(operator, causal):
+    """Checks what goes with `segment_ids`."""
+    if operator.exclusive or not causal:
+        raise ValueError(
+            "Argument `segment_ids` needs causal=True and an operator that reads no state from "
+            f"before a token. Received: causal={causal}, operator={type(operator).__name__}"
         )
 
 

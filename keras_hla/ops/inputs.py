@@ -12,7 +12,7 @@ from keras_hla.checks import (
     check_segment_ids,
     check_states,
 )
-from keras_hla.layout import apply_mask, apply_segments, group, group_log_decay, group_sequence
+from keras_hla.layout import apply_mask, group, group_log_decay, group_sequence, segment_starts
 from keras_hla.scan import zero_decay
 
 
@@ -45,9 +45,8 @@ def prepare(query, key, value, log_decay, mask, segment_ids=None):
     if mask is not None:
         query, key, value, log_decay = apply_mask(mask, query, key, value, log_decay)
     if segment_ids is not None:
-        segment_ids = ops.convert_to_tensor(segment_ids)
-        log_decay = apply_segments(segment_ids, mask, log_decay, zero_decay(dtype))
-        log_decay = ops.cast(log_decay, dtype)
+        starts = segment_starts(ops.convert_to_tensor(segment_ids), mask)
+        log_decay = forget_at(starts[:, None, None, :], log_decay, dtype)
     return Inputs(query, key, value, log_decay)
 
 
@@ -59,6 +58,12 @@ def prepare_state(name, state, operator, inputs):
     shapes = operator.state_shapes(moments, key_heads * size, dim, inputs.value.shape[-1])
     check_states(name, state, batch, shapes, operator.state_names)
     return tuple(group(ops.cast(x, inputs.query.dtype), key_heads) for x in state)
+
+
+def forget_at(starts, log_decay, dtype):
+    """The log-decay with which tokens at `starts` forget all before them."""
+    log_decay = 0.0 if log_decay is None else log_decay
+    return ops.cast(ops.where(starts, zero_decay(dtype), log_decay), dtype)
 
 
 def state_dtype(dtype):
