@@ -205,6 +205,11 @@ def test_unknown_operator():
         ({"operator": "ahla", "masked": False}, "AHLA knows neither.*masked=False"),
         ({"feature_map": "gelu2"}, "`feature_map` must be.*Received: feature_map='gelu2'"),
         ({"output_gate": 3}, "`output_gate` must be None.*Received: output_gate=3"),
+        ({"conv_kernel_size": 1}, "`conv_kernel_size` must be .*2 or more.*conv_kernel_size=1"),
+        ({"conv_kernel_size": 2.0}, "`conv_kernel_size` must be .*conv_kernel_size=2.0"),
+        ({"conv_activation": 3}, "`conv_activation` must be None.*conv_activation=3"),
+        ({"dropout": -0.1}, r"`dropout` must be a number in \[0, 1\). Received: dropout=-0.1"),
+        ({"output_shape": (3, 4)}, r"`output_shape` must be.*Received: output_shape=\(3, 4\)"),
         ({"scale": "auto"}, "`scale` must be None or a number. Received: scale='auto'"),
     ],
 )
@@ -213,9 +218,34 @@ def test_layer_arguments(layer, arguments, message):
         layer(**{"num_heads": 4, "key_dim": 8, **arguments})
 
 
-def test_layer_chunk_size():
-    with pytest.raises(ValueError, match=r"`chunk_size` must be .* Received: chunk_size=0"):
-        layers.HLA(4, 8, chunk_size=0)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"chunk_size": 0}, "`chunk_size` must be .* Received: chunk_size=0"),
+        ({"remat_length": 0}, "`remat_length` must be .* Received: remat_length=0"),
+        ({"causal": False, "decay": 0.9}, "`decay` must be None. Received: decay=0.9"),
+        ({"causal": False, "conv_kernel_size": 4}, "`conv_kernel_size` must be None"),
+        ({"causal": False, "chunk_size": 4}, "`chunk_size` must be None. Received: chunk_size=4"),
+        ({"causal": False, "return_state": True}, "`return_state` must be False"),
+        ({"causal": False, "go_backwards": True}, "`go_backwards` must be False"),
+        ({"causal": False, "stateful": True}, "`stateful` must be False"),
+        ({"causal": False, "masked": False}, "`causal=False`.*Received.*masked=False"),
+        ({"causal": False, "operator": "hla3_published"}, "HLA3Published.*`causal=False`"),
+    ],
+)
+def test_sequence_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        layers.HLA(4, 8, **arguments)
+
+
+def test_calls_of_a_layer_without_causality():
+    layer = layers.HLA(4, 8, causal=False)
+    x = np.zeros((2, 6, 16), "float32")
+    layer(x)
+    with pytest.raises(ValueError, match="`initial_state` must be None"):
+        layer(x, initial_state=[x])
+    with pytest.raises(ValueError, match="`segment_ids` needs causal=True"):
+        layer(x, segment_ids=np.zeros((2, 6), "int32"))
 
 
 def test_layer_calls():

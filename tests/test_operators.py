@@ -242,3 +242,42 @@ def test_packed_is_separate(rng, variant, form):
     assert relative_error(output, expected) <= FORWARD
     for a, e in zip(found, slopes, strict=True):
         assert relative_error(a, e) <= GRADIENT
+
+
+@every_variant
+def test_padded_is_alone(rng, variant):
+    """Padding left, right and inside, with decay, outputs and gradients; NaN in the padding."""
+    decay = "constant" if "published" in variant else "per_token"
+    inputs, log_decay = draw(rng, 24, decay, dim=4, value_dim=3, batch=3)
+    operator, options = split(variant)
+    mask = np.ones((3, 24), bool)
+    mask[0, :9] = mask[1, 15:] = mask[2, 5:16] = False
+    mask[2, 10] = True
+    arrays = [*inputs, log_decay]
+    weight = np.where(mask[..., None, None], rng.standard_normal((3, 24, 2, 3)), 0)
+    expected, slopes = np.zeros(weight.shape), [np.zeros(x.shape) for x in arrays]
+    for row in range(3):
+        tokens = np.ix_([row], np.flatnonzero(mask[row]))
+        q, k, v, g = (x[tokens] for x in arrays)
+        alone = Reference(serial, operator, (q, k, v), g, **options)
+        expected[tokens] = alone.output
+        for whole, slope in zip(slopes, alone.gradients(weight[tokens]), strict=True):
+            whole[tokens] = slope
+    for x in arrays:
+        x[~mask] = np.nan
+
+    def function(q, k, v, g):
+        output = ops.higher_order_attention(
+            *(q, k, v),
+            log_decay=g,
+            mask=keras.ops.convert_to_tensor(mask),
+            chunk_size=16,
+            operator=operator,
+            **options,
+        )
+        return keras.ops.sum(keras.ops.multiply(output, weight.astype("float32"))), [output]
+
+    (output,), found = value_and_gradients(function, arrays)
+    assert relative_error(output, expected) <= FORWARD
+    for a, e in zip(found, slopes, strict=True):
+        assert relative_error(a, e) <= GRADIENT

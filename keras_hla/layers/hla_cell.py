@@ -198,14 +198,14 @@ class HLACell(keras.layers.Layer):
         self.bias_constraint = keras.constraints.get(bias_constraint)
 
     def build(self, input_shape):
-        self.query_dense = self._dense(self.num_heads * self.key_dim, "query")
-        self.key_dense = self._dense(self.num_key_value_heads * self.key_dim, "key")
-        self.value_dense = self._dense(self.num_key_value_heads * self.value_dim, "value")
+        self.query_dense = self.make_dense(self.num_heads * self.key_dim, "query")
+        self.key_dense = self.make_dense(self.num_key_value_heads * self.key_dim, "key")
+        self.value_dense = self.make_dense(self.num_key_value_heads * self.value_dim, "value")
         self.output_size = self._output_shape or input_shape[-1]
-        self.output_dense = self._dense(self.output_size, "output")
+        self.output_dense = self.make_dense(self.output_size, "output")
         inner = [self.query_dense, self.key_dense, self.value_dense]
         if self.output_gate is not None:
-            self.gate_dense = self._dense(self.num_heads * self.value_dim, "gate")
+            self.gate_dense = self.make_dense(self.num_heads * self.value_dim, "gate")
             inner.append(self.gate_dense)
         for dense in inner:
             dense.build(input_shape)
@@ -313,7 +313,7 @@ class HLACell(keras.layers.Layer):
         ]
         if self.conv_kernel_size is not None:
             joint = ops.concatenate(projected, axis=-1)
-            joint, window = self.conv(joint, context["window"], mask, starts)
+            joint, window = self.conv(joint, context["window"], mask=mask, starts=starts)
             projected = ops.split(joint, np.cumsum(self._projected_sizes)[:-1].tolist(), axis=-1)
             context = context | {"window": window}
         query, key, value = projected
@@ -357,7 +357,8 @@ class HLACell(keras.layers.Layer):
         norm.build((None, dim))
         return norm
 
-    def _dense(self, units, name):
+    def make_dense(self, units, name):
+        """A `Dense` layer with the bias, initializers, regularizers and constraints of this one."""
         # Every projection needs an initializer of its own, or all would start with equal weights.
         return keras.layers.Dense(
             units,

@@ -20,6 +20,7 @@ class ShortConvolution(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
         self.kernel_size = kernel_size
         self.activation = activation
+        self.supports_masking = True
 
     def build(self, input_shape):
         # As torch starts a convolution of one feature: uniform, up to kernel_size ** -0.5.

@@ -1,0 +1,203 @@
+"""The block that language models stack."""
+
+import keras
+from keras import ops
+
+from keras_hla.checks import check_mask, check_number, check_positive_int, check_rank
+from keras_hla.layers.feature_map import get_activation, serialize_activation
+from keras_hla.layers.hla import HLA
+
+# Arguments of the mixer that a residual leaves no choice of.
+_FIXED = ("return_sequences", "go_backwards", "output_shape")
+# The sizes of the MLP are multiples of this.
+_MULTIPLE = 16
+
+
+@keras.saving.register_keras_serializable(package="keras_hla")
+class HLADecoderBlock(keras.layers.Layer):
+    """Pre-norm block: `HLA` and a gated MLP, each with norm, dropout and residual.
+
+        y = x + dropout(HLA(norm(x)))
+        z = y + dropout((activation(norm(y) W_gate) ⊙ norm(y) W_up) W_down)
+
+    Blocks can be stacked, and stream like the layer.
+
+    Args:
+        num_heads: Number of query heads.
+        key_dim: Size of each query and key head.
+        intermediate_dim: Size of the MLP between its projections. `None` is 8/3
+            of the features of the input, rounded up to a multiple of 16: as many
+            weights as a plain MLP of four times the features.
+        activation: Activation of the MLP's gate.
+        dropout: Share in [0, 1) of the outputs of the mixer and of the MLP that
+            are dropped in training.
+        norm_epsilon: Positive number, added to the mean squares of the norms.
+        decay: As in `HLA`, but `"input"` by default.
+        conv_kernel_size: As in `HLA`, but 4 by default.
+        use_bias: Whether projections, those of the MLP too, have a bias; not by
+            default.
+        **kwargs: Other arguments of `HLA` but `return_sequences`, `go_backwards`
+            and `output_shape`; initializers, regularizers and constraints are
+            for the MLP, too. And arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        sequences: Tensor of shape `(batch, length, features)`.
+        initial_state: List of states as returned with `return_state=True`, or
+            `None`, as in `HLA`.
+        mask: Boolean tensor of shape `(batch, length)`, true where a token
+            counts. What the others hold does not matter.
+        segment_ids: Integer tensor of shape `(batch, length)`, as in `HLA`.
+        training: Whether to drop outputs.
+
+    Returns:
+        A tensor of the shape of `sequences`; with `return_state=True` a tuple of
+        it and the states of the mixer.
+
+    Raises:
+        ValueError: if an argument is outside of what it may be.
+
+    Example:
+
+    >>> tokens = keras.Input((None,), dtype="int32")
+    >>> x = keras.layers.Embedding(256, 64)(tokens)
+    >>> for _ in range(2):
+    ...     x = keras_hla.layers.HLADecoderBlock(num_heads=4, key_dim=16)(x)
+    >>> x = keras.layers.RMSNormalization()(x)
+    >>> model = keras.Model(tokens, keras.layers.Dense(256)(x))
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        key_dim,
+        intermediate_dim=None,
+        activation="silu",
+        dropout=0.0,
+        norm_epsilon=1e-6,
+        decay="input",
+        conv_kernel_size=4,
+        use_bias=False,
+        name=None,
+        trainable=True,
+        dtype=None,
+        **kwargs,
+    ):
+        # Without autocasting, states stay float32; the layers inside cast for themselves.
+        super().__init__(name=name, trainable=trainable, dtype=dtype, autocast=False)
+        for argument in _FIXED:
+            if argument in kwargs:
+                raise ValueError(
+                    f"A block takes no argument `{argument}`: its outputs are those of all tokens, "
+                    "in order, with the features of the input. "
+                    f"Received: {argument}={kwargs[argument]!r}"
+                )
+        check_positive_int("intermediate_dim", intermediate_dim, optional=True)
+        check_number("norm_epsilon", norm_epsilon, "a positive number", lambda x: x > 0)
+        self.mixer = HLA(
+            num_heads,
+            key_dim,
+            decay=decay,
+            conv_kernel_size=conv_kernel_size,
+            use_bias=use_bias,
+            dropout=dropout,
+            dtype=self.dtype_policy,
+            name="mixer",
+            **kwargs,
+        )
+        self.intermediate_dim = intermediate_dim
+        self.activation = get_activation("activation", activation)
+        self.norm_epsilon = norm_epsilon
+        self.supports_masking = True
+
+    def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
+        features = sequences_shape[-1]
+        size = self.intermediate_dim or -(-8 * features // (3 * _MULTIPLE)) * _MULTIPLE
+        cell = self.mixer.cell
+        self.mixer_norm = self._norm("mixer_norm")
+        self.mlp_norm = self._norm("mlp_norm")
+        self.gate_dense = cell.make_dense(size, "gate")
+        self.up_dense = cell.make_dense(size, "up")
+        self.down_dense = cell.make_dense(features, "down")
+        for norm in (self.mixer_norm, self.mlp_norm):
+            norm.build(sequences_shape)
+        self.mixer.build(sequences_shape)
+        self.gate_dense.build(sequences_shape)
+        self.up_dense.build(sequences_shape)
+        self.down_dense.build((*sequences_shape[:-1], size))
+        if cell.dropout:
+            self.dropout_layer = keras.layers.Dropout(
+                cell.dropout, seed=cell.seed, dtype=self.dtype_policy, name="dropout"
+            )
+
+    @property
+    def cell(self):
+        """The cell of the mixer, which names the states and knows their sizes."""
+        return self.mixer.cell
+
+    @property
+    def states(self):
+        """The variables of a stateful block."""
+        return self.mixer.states
+
+    def get_initial_state(self, batch_size):
+        """Returns the list of states before the first token."""
+        return self.mixer.get_initial_state(batch_size)
+
+    def reset_state(self):
+        """Sets the state of a `stateful` block back to that before the first token."""
+        self.mixer.reset_state()
+
+    def call(self, sequences, initial_state=None, mask=None, segment_ids=None, training=None):
+        check_rank(3, "(batch, length, features)", sequences=sequences)
+        if mask is None:  # Keras fills it in only where `sequences` is the one tensor.
+            mask = getattr(sequences, "_keras_mask", None)
+        if mask is not None:
+            check_mask(mask, *sequences.shape[:2])
+            sequences = ops.where(ops.cast(mask, "bool")[..., None], sequences, 0)
+        sequences = ops.cast(sequences, self.compute_dtype)
+        mixed = self.mixer(
+            self.mixer_norm(sequences),
+            initial_state=initial_state,
+            mask=mask,
+            segment_ids=segment_ids,
+            training=training,
+        )
+        mixed, *states = mixed if self.mixer.return_state else (mixed,)
+        output = sequences + mixed
+        hidden = self.mlp_norm(output)
+        hidden = self.activation(self.gate_dense(hidden)) * self.up_dense(hidden)
+        hidden = self.down_dense(hidden)
+        if self.mixer.cell.dropout:
+            hidden = self.dropout_layer(hidden, training=training)
+        output = output + hidden
+        return (output, *states) if states else output
+
+    def compute_mask(self, sequences, previous_mask=None):
+        return self.mixer.compute_mask(sequences, previous_mask)
+
+    def compute_output_shape(
+        self, sequences_shape, initial_state_shape=None, segment_ids_shape=None
+    ):
+        return self.mixer.compute_output_shape(sequences_shape)
+
+    def compute_output_spec(
+        self, sequences, initial_state=None, mask=None, segment_ids=None, training=None
+    ):
+        return self.mixer.compute_output_spec(sequences, initial_state, mask, segment_ids)
+
+    def _norm(self, name):
+        return keras.layers.RMSNormalization(
+            epsilon=self.norm_epsilon, dtype=self.dtype_policy, name=name
+        )
+
+    def get_config(self):
+        mixer = self.mixer.get_config()
+        for argument in _FIXED:
+            del mixer[argument]
+        return {
+            **mixer,
+            **super().get_config(),
+            "intermediate_dim": self.intermediate_dim,
+            "activation": serialize_activation(self.activation),
+            "norm_epsilon": self.norm_epsilon,
+        }

@@ -1,0 +1,178 @@
+"""Options of the layer: convolution, dropout, sizes, full attention, long sequences in pieces."""
+
+from backends import call, relative_error, run, to_numpy, value_and_gradients
+from definitions import Reference, index_sum
+import keras
+import numpy as np
+import pytest
+
+from keras_hla import layers
+from keras_hla.layers.short_convolution import ShortConvolution
+
+BACKEND = keras.config.backend()
+
+
+def make(**options):
+    layer = layers.HLA(**{"num_heads": 2, "key_dim": 4, **options})
+    layer.build((2, None, 8))
+    return layer
+
+
+@pytest.fixture
+def x(rng):
+    return rng.standard_normal((2, 40, 8)).astype("float32")
+
+
+def convolve(x, kernel, window):
+    """The convolution of one document `(length, features)`, token by token in float64."""
+    row = np.concatenate([window, x]).astype("float64")
+    size = len(kernel)
+    sums = [np.sum(kernel * row[t : t + size], axis=0) for t in range(len(x))]
+    return np.array(sums).reshape(x.shape), row[len(x) :]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_short_convolution(x, rng, size):
+    """Each document of each row by itself, without the tokens that do not count."""
+    layer = ShortConvolution(size, None)
+    layer.build((2, None, 8))
+    kernel = to_numpy(layer.kernel)
+    assert np.abs(kernel).max() <= size**-0.5
+    window = rng.standard_normal((2, size - 1, 8)).astype("float32")
+    mask = rng.random((2, 40)) < 0.6
+    mask[0, -3:] = mask[1, :2] = False
+    mask[1, 3:] = mask[1, 3:] & (rng.random(37) < 0.5)
+    starts = np.zeros((2, 40), bool)
+    starts[0, np.flatnonzero(mask[0])[[3, 4, 12]]] = True
+    starts[1, np.flatnonzero(mask[1])[-1]] = True
+    for counts, begin in ((None, None), (mask, None), (None, starts), (mask, starts)):
+        options = {
+            name: keras.ops.convert_to_tensor(array)
+            for name, array in (("mask", counts), ("starts", begin))
+            if array is not None
+        }
+        output, end = run(lambda x, w, options=options: layer(x, w, **options), x, window)
+        for row in range(2):
+            keep = np.arange(40) if counts is None else np.flatnonzero(counts[row])
+            first = [] if begin is None else np.flatnonzero(begin[row][keep])
+            before, expected = window[row], []
+            for n, document in enumerate(np.split(x[row][keep], first)):
+                before = before if n == 0 else np.zeros_like(before)
+                sums, before = convolve(document, kernel, before)
+                expected.append(sums)
+            assert relative_error(to_numpy(output)[row][keep], np.concatenate(expected)) <= 1e-6
+            assert relative_error(end[row], before) <= 1e-6
+
+
+def test_convolution_comes_before_the_heads(x):
+    """The layer's outputs are those of its projections, convolved and activated."""
+    layer = make(conv_kernel_size=3, conv_activation="tanh", rope_max_wavelength=None)
+    weights = {w.path.split("/", 2)[-1]: to_numpy(w) for w in layer.weights}
+    output = call(layer, x)
+    exact = x.astype("float64")
+    joint = np.concatenate([exact @ weights[f"{n}/kernel"] for n in ("query", "key", "value")], -1)
+    joint = [np.tanh(convolve(row, weights["conv/kernel"], np.zeros((2, 24)))[0]) for row in joint]
+    q, k, v = np.split(np.array(joint).reshape(2, 40, 6, 4), 3, axis=2)
+    o = Reference(index_sum, "hla2", (q * 0.5, k, v)).output
+    o = o / np.sqrt(np.mean(o**2, axis=-1, keepdims=True) + 1e-6)
+    assert relative_error(output, o.reshape(2, 40, 8) @ weights["output/kernel"]) <= 1e-5
+
+
+def test_dropout(x):
+    layer = make(dropout=0.5, seed=3)
+    plain = make()
+    plain.set_weights(layer.get_weights())
+    expected = to_numpy(call(plain, x))
+    np.testing.assert_array_equal(to_numpy(call(layer, x)), expected)
+    output = to_numpy(layer(x, training=True))
+    dropped = output == 0
+    assert 0.4 < dropped.mean() < 0.6
+    assert relative_error(output[~dropped], 2 * expected[~dropped]) <= 1e-5
+    assert np.any(dropped != (to_numpy(layer(x, training=True)) == 0))
+    twin = layers.HLA.from_config(layer.get_config())
+    twin.build((2, None, 8))
+    twin.set_weights(plain.get_weights())
+    np.testing.assert_array_equal(to_numpy(twin(x, training=True)) == 0, dropped)
+    cell_output, _ = layer.cell(x[:, 0], layer.get_initial_state(2), training=True)
+    assert np.any(to_numpy(cell_output) == 0)
+
+
+def test_output_shape(x):
+    layer = make(output_shape=5, return_state=True)
+    output, *_ = layer(keras.Input((None, 8)))
+    assert output.shape == (None, None, 5)
+    output, *_ = call(layer, x)
+    assert output.shape == (2, 40, 5)
+    token, _ = layer.cell(x[:, 0], layer.get_initial_state(2))
+    assert relative_error(token, to_numpy(output)[:, 0]) <= 1e-5
+    spec, _ = layer.cell(keras.Input((8,)), [keras.Input(s) for s in layer.cell.state_size])
+    assert spec.shape == (None, 5)
+
+
+@pytest.mark.parametrize("operator", ["linear", "hla2", "ahla", "hla3"])
+def test_without_causality_each_token_reads_all(x, rng, operator):
+    layer = make(causal=False, operator=operator, output_norm=False, rope_max_wavelength=None)
+    weights = {w.path.split("/", 2)[-1]: to_numpy(w) for w in layer.weights}
+    keep = rng.random(40) < 0.7
+    padded = np.where(keep[:, None], x, np.nan).astype("float32")
+    output = to_numpy(call(layer, padded, mask=np.broadcast_to(keep, (2, 40))))[:, keep]
+    q, k, v = (
+        (x[:, keep] @ weights[f"{n}/kernel"]).reshape(2, -1, 2, 4).swapaxes(1, 2)
+        for n in ("query", "key", "value")
+    )
+    A = 0.5 * q @ k.swapaxes(-1, -2)
+    W = {"linear": A, "hla2": A @ A.swapaxes(-1, -2), "ahla": A @ A}
+    W["hla3"] = W["hla2"] @ A
+    expected = (W[operator] @ v).swapaxes(1, 2).reshape(2, -1, 8) @ weights["output/kernel"]
+    assert relative_error(output, expected) <= 1e-5
+    twin = layers.HLA.from_config(layer.get_config())
+    assert twin.causal is False
+
+
+PIECES = {"decay": "input", "conv_kernel_size": 3, "output_gate": "silu", "return_state": True}
+
+
+def test_long_sequences_in_pieces(x, rng):
+    """Outputs, states and the gradients of every weight and of the inputs, masked and packed."""
+    mask = rng.random((2, 40)) < 0.8
+    mask[:, [13, 14]] = [[True, True], [False, True]]
+    # A document starts with the second piece: they are of 14, 14 and 12 tokens.
+    segment_ids = np.repeat([[1, 2, 1, 3]] * 2, [10, 4, 21, 5], axis=1)
+    whole, pieces = make(**PIECES), make(**PIECES, remat_length=15)
+    pieces.set_weights(whole.get_weights())
+    weight = rng.standard_normal((2, 40, 8)).astype("float32")
+    starting = [rng.standard_normal((2, *s)).astype("float32") for s in whole.cell.state_size]
+    results = []
+    for layer in (whole, pieces):
+        variables = layer.trainable_weights
+
+        def function(x, *arrays, layer=layer, variables=variables):
+            values, states = arrays[: len(variables)], list(arrays[len(variables) :])
+            with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
+                output, *states = layer(
+                    x,
+                    initial_state=states,
+                    mask=keras.ops.convert_to_tensor(mask),
+                    segment_ids=keras.ops.convert_to_tensor(segment_ids),
+                )
+            return keras.ops.sum(keras.ops.multiply(output, weight)), [output, *states]
+
+        arrays = [x, *(to_numpy(v) for v in variables), *starting]
+        results.append(value_and_gradients(function, arrays))
+    for some in (0, 1):
+        for a, e in zip(results[1][some], results[0][some], strict=True):
+            assert relative_error(a, e) <= 1e-5
+
+
+@pytest.mark.parametrize("jit_compile", [False, True] if BACKEND == "tensorflow" else ["auto"])
+def test_training_in_pieces_is_training(x, jit_compile):
+    histories = []
+    for longest in (None, 20):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((None, 8))
+        layer = layers.HLA(2, 4, decay="input", remat_length=longest)
+        model = keras.Model(inputs, layer(inputs))
+        model.compile(keras.optimizers.SGD(0.5), "mse", jit_compile=jit_compile)
+        histories.append(model.fit(x, x, epochs=3, verbose=0).history["loss"])
+    assert histories[0][-1] < 0.9 * histories[0][0]
+    np.testing.assert_allclose(histories[1], histories[0], rtol=1e-5)
