@@ -28,7 +28,7 @@ def parse_arguments():
     backends = ("tensorflow", "jax", "torch")
     add("--backend", choices=backends, default="tensorflow", help="what Keras runs on")
     add("--text", type=Path, help="UTF-8 file to learn; None is Python's standard library")
-    add("--steps", type=int, default=1200, help="number of training steps")
+    add("--steps", type=int, default=900, help="number of training steps")
     add("--length", type=int, default=128, help="length of the training sequences")
     add("--output", type=Path, default="char_lm_output", help="folder to write to")
     add("--seed", type=int, default=0, help="seed of all random numbers")
@@ -64,7 +64,7 @@ from text import (  # noqa: E402
     windows,
 )
 
-from keras_hla.layers import HLA  # noqa: E402
+from keras_hla.layers import HLADecoderBlock  # noqa: E402
 
 CORPUS_SIZE = 4_000_000
 HELD_OUT = 0.05
@@ -117,14 +117,7 @@ def measure_baselines(tokens, held_out, starts, vocabulary_size):
 def make_layers(vocabulary_size):
     """The layers of the model, which `wire` connects."""
     blocks = [
-        SimpleNamespace(
-            hla_norm=layers.RMSNormalization(),
-            hla=HLA(NUM_HEADS, WIDTH // NUM_HEADS, decay="input", return_state=True),
-            mlp_norm=layers.RMSNormalization(),
-            gate=layers.Dense(HIDDEN, activation="silu"),
-            up=layers.Dense(HIDDEN),
-            down=layers.Dense(WIDTH),
-        )
+        HLADecoderBlock(NUM_HEADS, WIDTH // NUM_HEADS, HIDDEN, return_state=True)
         for _ in range(NUM_BLOCKS)
     ]
     # The embedding, transposed, is also the projection to the logits. These start near zero.
@@ -144,12 +137,8 @@ def wire(parts, tokens, states=None):
     x = parts.embedding(tokens)
     new_states = []
     for i, block in enumerate(parts.blocks):
-        state = states[i] if states else None
-        y, *new_state = block.hla(block.hla_norm(x), initial_state=state)
+        x, *new_state = block(x, initial_state=states[i] if states else None)
         new_states.append(new_state)
-        x = x + y
-        y = block.mlp_norm(x)
-        x = x + block.down(block.gate(y) * block.up(y))
     return parts.embedding(parts.norm(x), reverse=True), new_states
 
 
@@ -163,7 +152,7 @@ def make_model(parts):
 def make_streaming_model(parts, length):
     """The model for a text that comes in pieces of a length, or of any if it is `None`."""
     tokens = keras.Input((length,), dtype="int32", name="tokens")
-    states = [[keras.Input(size) for size in block.hla.cell.state_size] for block in parts.blocks]
+    states = [[keras.Input(size) for size in block.cell.state_size] for block in parts.blocks]
     logits, new_states = wire(parts, tokens, states)
     inputs = {"tokens": tokens, "states": states}
     return keras.Model(inputs, {"logits": logits[:, -1], "states": new_states})
@@ -246,7 +235,7 @@ def stream(parts, characters, prompt):
     print(f"Continuation by the model, at temperature {TEMPERATURE}:")
     tokens = encode(prompt, characters)
     states = [
-        [keras.ops.convert_to_numpy(state) for state in block.hla.get_initial_state(1)]
+        [keras.ops.convert_to_numpy(state) for state in block.get_initial_state(1)]
         for block in parts.blocks
     ]
     outputs = model.predict_on_batch({"tokens": tokens[None], "states": states})

@@ -14,6 +14,7 @@ from keras_hla import layers, operators, ops
 PUBLIC = [
     layers.HLA,
     layers.HLACell,
+    layers.HLADecoderBlock,
     operators.get,
     operators.register,
     ops.attention_step,

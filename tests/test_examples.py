@@ -58,3 +58,21 @@ def test_plot_weights(tmp_path):
         *("--backend", keras.config.backend(), "--output", tmp_path / "weights.png"),
     )
     assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_classify_digits(tmp_path):
+    output = run_python(
+        "examples/classify_digits.py",
+        *("--backend", keras.config.backend(), "--output", tmp_path / "digits.png"),
+        *("--images", 200, "--epochs", 1, "--seeds", 1, "--models", "HLA(causal=False)"),
+    )
+    assert output.count("accuracy") == 1
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_long_sequence():
+    output = run_python(
+        "examples/long_sequence.py",
+        *("--backend", keras.config.backend(), "--length", 512, "--remat-lengths", 0, 128),
+    )
+    assert output.count("MB in all") == 4

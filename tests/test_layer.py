@@ -286,7 +286,7 @@ def test_trains_in_a_functional_model(name, jit_compile):
     assert model.predict(batch[:1, :5], verbose=0).shape == (1, 5, 7)
 
 
-@every_configuration
+@some_configurations
 def test_every_weight_gets_a_gradient(x, name):
     layer = make(name)
     weights = layer.trainable_weights

@@ -28,7 +28,7 @@ def test_chunked(rng, decay, length, chunk_size):
         assert relative_error(a, e) <= FORWARD
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [1, 65, 500])
 @every_decay
 @pytest.mark.parametrize("form", ["recurrent", "matrix"])
 def test_recurrent_and_matrix(rng, decay, length, form):

@@ -198,13 +198,12 @@ class HLA(keras.layers.Layer):
         return (output, *states) if self.return_state else output
 
     def _in_pieces(self, states, sequences, mask, starts):
-        length = sequences.shape[1]
+        length, longest = sequences.shape[1], self.remat_length
         inputs = {"sequences": sequences, "mask": mask, "starts": starts}
-        if self.causal and length and self.remat_length and length > self.remat_length:
-            return scan_in_pieces(
-                self._one_piece, states, inputs, self.remat_length, self.cell.weights
-            )
-        return self._one_piece(states, **inputs)
+        known = isinstance(length, int)  # at trace time
+        if not self.causal or not known or longest is None or length <= longest:
+            return self._one_piece(states, **inputs)
+        return scan_in_pieces(self._one_piece, states, inputs, longest, self.cell.weights)
 
     def _one_piece(self, states, sequences, mask=None, starts=None):
         """The outputs, before dropout, and the tuple of states."""
