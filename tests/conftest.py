@@ -1,6 +1,7 @@
 """Chooses the backend before anything imports Keras: `pytest --backend jax`."""
 
 import os
+import tempfile
 
 import pytest
 
@@ -21,6 +22,12 @@ def pytest_configure(config):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # JAX compiles for most of the time here; the README's code is run without this.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if not hasattr(config, "workerinput"):  # what one process of the run compiles, all can load
+        cache = tempfile.TemporaryDirectory(prefix="jax_cache_", ignore_cleanup_errors=True)
+        config.add_cleanup(cache.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     import torch  # noqa: F401  # Before TensorFlow: in the other order torch may crash on import.
 
 
