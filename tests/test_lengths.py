@@ -13,7 +13,8 @@ LENGTHS = (1, 2, 63, 64, 65, 500)
 
 
 # All chunk sizes above the length are the same.
-SIZES = [(n, c) for n in LENGTHS for c in (1, 16, 64, 1000) if c <= n or c == 1000]
+SIZES = [(n, c) for n in LENGTHS for c in (16, 64, 1000) if c <= n or c == 1000]
+SIZES.append((65, 1))
 
 
 @every_decay
@@ -37,7 +38,7 @@ def test_recurrent_and_matrix(rng, decay, length, form):
     assert relative_error(attend(inputs, log_decay, form=form), expected) <= FORWARD
 
 
-@pytest.mark.parametrize("length", [65, 500])
+@pytest.mark.parametrize("length", [500])
 @every_decay
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients(rng, decay, length, form):

@@ -25,12 +25,15 @@ import pytest
 from keras_hla import operators, ops
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
-every_problem = pytest.mark.parametrize("problem", PROBLEMS)
+# The other forms without decay are in test_lengths.py, normalized ones further below.
+every_problem = pytest.mark.parametrize(
+    ("form", "problem"),
+    [*(("chunked", problem) for problem in PROBLEMS), ("recurrent", "decay"), ("matrix", "decay")],
+)
 
 
 @every_variant
 @every_problem
-@pytest.mark.parametrize("form", FORMS)
 def test_forms_equal_the_index_sum(rng, variant, form, problem):
     inputs, log_decay, normalize = draw_problem(rng, 24, variant, problem)
     operator, options = split(variant)

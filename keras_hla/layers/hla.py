@@ -275,7 +275,7 @@ class HLA(keras.layers.Layer):
     def _starting_states(self, sequences, initial_state):
         """The given states; else those of a stateful layer; else zeros."""
         if initial_state is not None:
-            return initial_state
+            return [ops.convert_to_tensor(x, self.cell.state_dtype) for x in initial_state]
         if self.stateful:
             # Copies: the variables are overwritten while torch still needs their values.
             return [ops.copy(state) for state in self.states]
