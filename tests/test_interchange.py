@@ -82,10 +82,14 @@ def test_imports_no_other_backend():
     others = {"tensorflow": "tensorflow", "jax": "jax", "torch": "torch"}
     others.pop(backend)
     code = (
-        "import sys, numpy as np\n"
-        "class Blocked:\n"
+        "import importlib.util, sys, numpy as np\n"
+        "class Blocked:\n"  # modules that can be looked for, but not imported
         "    def find_spec(self, name, *_):\n"
-        f"        if name in {sorted(others)}: raise ImportError(name)\n"
+        f"        if name in {sorted(others.values())}:\n"
+        "            return importlib.util.spec_from_loader(name, self)\n"
+        "    def create_module(self, spec):\n"
+        "        raise ImportError(spec.name)\n"
+        "    def exec_module(self, module): pass\n"
         "sys.meta_path.insert(0, Blocked())\n"
         "import keras_hla\n"
         "layer = keras_hla.layers.HLA(2, 4)\n"
