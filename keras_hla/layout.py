@@ -69,8 +69,7 @@ def count_tokens(mask):
 
 def compact(x, mask):
     """The entries of `x`, `(batch, length, ...)`, those first where `mask` is true."""
-    steps = ops.arange(ops.shape(mask)[1])
-    return take(x, ops.argsort(ops.where(mask, steps, steps[-1] + 1), axis=1))
+    return take(x, _counting_first(mask))
 
 
 def take(x, index):
@@ -90,7 +89,14 @@ def fill_forward(x, mask):
         A tensor of the shape of `x`, and where it holds such an entry, `(batch, length)`.
     """
     count = count_tokens(mask)
-    return take(compact(x, mask), ops.maximum(count - 1, 0)), count > 0
+    last = take(_counting_first(mask), ops.maximum(count - 1, 0))
+    return take(x, last), count > 0
+
+
+def _counting_first(mask):
+    """The indices of each row, in order, those first where `mask` is true."""
+    steps = ops.arange(ops.shape(mask)[1])
+    return ops.argsort(ops.where(mask, steps, steps[-1] + 1), axis=1)
 
 
 def apply_mask(mask, query, key, value, log_decay):
