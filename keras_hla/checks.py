@@ -118,7 +118,7 @@ def check_mask(mask, batch, length):
     if dtype != "bool" and "int" not in dtype:
         raise ValueError(f"Argument `mask` must be boolean. Received: mask.dtype={dtype}")
     shape = tuple(mask.shape)
-    if len(shape) != 2 or not _equal(shape[0], batch) or not _equal(shape[1], length):
+    if not _is_per_token(shape, batch, length):
         raise ValueError(
             f"Argument `mask` must have shape (batch, length) = ({batch}, {length}). "
             f"Received: mask.shape={shape}"
@@ -128,8 +128,7 @@ def check_mask(mask, batch, length):
 def check_segment_ids(segment_ids, batch, length):
     dtype = keras.backend.standardize_dtype(segment_ids.dtype)
     shape = tuple(segment_ids.shape)
-    fits = len(shape) == 2 and _equal(shape[0], batch) and _equal(shape[1], length)
-    if "int" not in dtype or not fits:
+    if "int" not in dtype or not _is_per_token(shape, batch, length):
         raise ValueError(
             f"Argument `segment_ids` must be integers of shape (batch, length) = ({batch}, "
             f"{length}). Received: segment_ids.shape={shape}, segment_ids.dtype={dtype}"
@@ -150,6 +149,10 @@ def check_states(name, states, batch, shapes, state_names):
                 f"The state {state_name} in argument `{name}` must have shape {expected}. "
                 f"Received: shape {received}"
             )
+
+
+def _is_per_token(shape, batch, length):
+    return len(shape) == 2 and _equal(shape[0], batch) and _equal(shape[1], length)
 
 
 def _equal(*sizes):
