@@ -1,7 +1,5 @@
 """The layer: its cell's loop, evaluated in parallel."""
 
-import functools
-
 import keras
 from keras import ops
 
@@ -211,8 +209,7 @@ class HLA(keras.layers.Layer):
         memory, context = cell.split_states(states)
         inputs, context = cell.project(sequences, context, mask, starts)
         query, key, value, log_decay = inputs
-        attend = functools.partial(
-            higher_order_attention,
+        output = higher_order_attention(
             query,
             key,
             value,
@@ -220,14 +217,14 @@ class HLA(keras.layers.Layer):
             log_decay=log_decay,
             normalize=cell.normalize,
             epsilon=cell.epsilon,
+            causal=self.causal,
             mask=mask,
+            initial_state=memory if self.causal else None,
+            return_state=self.causal,
+            chunk_size=self.chunk_size,
         )
         if self.causal:
-            output, memory = attend(
-                initial_state=memory, return_state=True, chunk_size=self.chunk_size
-            )
-        else:
-            output = attend(causal=False)
+            output, memory = output
         return cell.finish(output, sequences), (*memory, *context.values())
 
     def _check_noncausal(self):
