@@ -124,10 +124,6 @@ class HLADecoderBlock(keras.layers.Layer):
         self.gate_dense.build(sequences_shape)
         self.up_dense.build(sequences_shape)
         self.down_dense.build((*sequences_shape[:-1], size))
-        if cell.dropout:
-            self.dropout_layer = keras.layers.Dropout(
-                cell.dropout, seed=cell.seed, dtype=self.dtype_policy, name="dropout"
-            )
 
     @property
     def cell(self):
@@ -166,10 +162,7 @@ class HLADecoderBlock(keras.layers.Layer):
         output = sequences + mixed
         hidden = self.mlp_norm(output)
         hidden = self.activation(self.gate_dense(hidden)) * self.up_dense(hidden)
-        hidden = self.down_dense(hidden)
-        if self.mixer.cell.dropout:
-            hidden = self.dropout_layer(hidden, training=training)
-        output = output + hidden
+        output = output + self.cell.drop(self.down_dense(hidden), training)
         return (output, *states) if states else output
 
     def compute_mask(self, sequences, previous_mask=None):
