@@ -25,11 +25,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras  # noqa: E402  # Keras reads the backend when it is imported.
 import numpy as np  # noqa: E402
+from schedule import warmup_cosine  # noqa: E402
 from text import RandomWindows, encode, standard_library, vocabulary, windows  # noqa: E402
 
 from keras_hla.layers import HLADecoderBlock  # noqa: E402
 
-NOTHING = {"decay": None, "conv_kernel_size": None, "output_gate": None}
+NOTHING = {"decay": None, "conv_kernel_size": None}
 OPTIONS = {
     "rotary": {},
     "rotary, gate": {"output_gate": "silu"},
@@ -67,10 +68,7 @@ def make_model(vocabulary_size, options):
 
 def train(model, tokens, seed):
     steps = arguments.steps
-    warmup = max(1, steps // 10)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, steps - warmup), alpha=0.02, warmup_target=3e-3, warmup_steps=warmup
-    )
+    schedule = warmup_cosine(3e-3, steps)
     model.compile(
         keras.optimizers.AdamW(schedule, weight_decay=0.01, clipnorm=1.0),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

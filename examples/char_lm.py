@@ -55,6 +55,7 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from schedule import warmup_cosine  # noqa: E402
 from text import (  # noqa: E402
     RandomWindows,
     encode,
@@ -186,17 +187,9 @@ class Report(keras.callbacks.Callback):
 def train(model, tokens, held_out, report):
     epochs = min(EPOCHS, ARGUMENTS.steps)
     steps = ARGUMENTS.steps // epochs
-    warmup = max(1, epochs * steps // 10)
-    learning_rate = keras.optimizers.schedules.CosineDecay(
-        0.0,
-        decay_steps=max(1, epochs * steps - warmup),
-        alpha=0.02,
-        warmup_target=LEARNING_RATE,
-        warmup_steps=warmup,
-    )
     model.compile(
         # From so little text, Muon learns clearly more than Adam.
-        keras.optimizers.Muon(learning_rate, weight_decay=0.01),
+        keras.optimizers.Muon(warmup_cosine(LEARNING_RATE, epochs * steps), weight_decay=0.01),
         loss=bits_per_character,
         # XLA, on a CPU too, where Keras leaves it out by default under TensorFlow.
         jit_compile=ARGUMENTS.backend != "torch",

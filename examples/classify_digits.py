@@ -35,6 +35,7 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from schedule import warmup_cosine  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score  # noqa: E402
 from sklearn.model_selection import train_test_split  # noqa: E402
@@ -90,11 +91,8 @@ def make_model(mix, width):
 
 def train(model, x, y):
     steps = arguments.epochs * -(-len(x) // 32)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, steps - steps // 10), warmup_target=3e-3, warmup_steps=max(1, steps // 10)
-    )
     model.compile(
-        keras.optimizers.AdamW(schedule, weight_decay=0.01, clipnorm=1.0),
+        keras.optimizers.AdamW(warmup_cosine(3e-3, steps), weight_decay=0.01, clipnorm=1.0),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     model.fit(x, y, batch_size=32, epochs=arguments.epochs, verbose=0)
