@@ -95,3 +95,65 @@ def _scan_recomputed_tensorflow(step, state, inputs, variables):
 
     inputs = tuple(tf.cast(x, state[0].dtype) if x.dtype == tf.bool else x for x in inputs)
     return _scan_tensorflow(lambda *entry: recomputed(*entry, values), state, inputs)
+
+
+def stateless(function, variables):
+    """`f(values, *inputs)`: the function with values in the place of the variables', for inference.
+
+    Args:
+        function: takes nests of tensors, returns a nest of tensors.
+        variables: list of the `keras.Variable`s that it reads.
+    """
+
+    def with_values(values, *inputs):
+        with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
+            return function(*inputs)
+
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.jit(with_values)
+    if keras.config.backend() == "torch":
+        import torch
+
+        return torch.no_grad()(with_values)
+    return with_values
+
+
+def compiled(function, variables):
+    """The function for inference, compiled anew for each combination of shapes.
+
+    Args:
+        function: takes and returns nests of tensors.
+        variables: list of the `keras.Variable`s that it reads, whose values may change.
+    """
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, autograph=False)
+    call = stateless(function, variables)
+    return lambda *inputs: call([v.value for v in variables], *inputs)
+
+
+def export_options(specs, sequences):
+    """Options of `ExportArchive.add_endpoint` for a function of one dictionary.
+
+    Args:
+        specs: dictionary of `keras.InputSpec`s.
+        sequences: names of those whose axis 1 is the length, the same for all.
+    """
+    if keras.config.backend() != "jax":
+        return {}
+
+    def symbols(name, shape):
+        axes = ["batch" if shape[0] is None else str(shape[0]), *map(str, shape[1:])]
+        if name in sequences:
+            axes[1] = "length"
+        return f"({', '.join(axes)})"
+
+    return {
+        "jax2tf_kwargs": {
+            "polymorphic_shapes": [{name: symbols(name, x.shape) for name, x in specs.items()}],
+            "native_serialization_platforms": ("cpu", "cuda"),
+        }
+    }

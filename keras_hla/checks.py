@@ -151,6 +151,15 @@ def check_states(name, states, batch, shapes, state_names):
             )
 
 
+def check_shape(name, x, expected):
+    """Checks a shape against one in which `None` is any size."""
+    received = tuple(ops.shape(x))
+    if len(received) != len(expected) or not all(map(_equal, received, expected)):
+        raise ValueError(
+            f"Argument `{name}` must have shape {tuple(expected)}. Received: shape {received}"
+        )
+
+
 def _is_per_token(shape, batch, length):
     return len(shape) == 2 and _equal(shape[0], batch) and _equal(shape[1], length)
 

@@ -55,7 +55,7 @@ def rng():
 def _fresh_keras():
     import keras
 
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)  # collecting garbage takes half a second
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_dtype_policy("float32")

@@ -12,6 +12,7 @@ from keras_hla.checks import (
 )
 from keras_hla.layers.hla_cell import HLACell
 from keras_hla.layers.pieces import scan_in_pieces
+from keras_hla.layers.state_scope import current_state_scope
 from keras_hla.layout import fill_forward, segment_starts
 from keras_hla.ops import higher_order_attention
 from keras_hla.ops.attention import check_noncausal, check_segments_allowed
@@ -172,6 +173,9 @@ class HLA(keras.layers.Layer):
     def call(self, sequences, initial_state=None, mask=None, segment_ids=None, training=None):
         if mask is None:  # Keras fills it in only where `sequences` is the one tensor.
             mask = getattr(sequences, "_keras_mask", None)
+        scope = current_state_scope()
+        if scope is not None:
+            initial_state, mask = scope.enter(self, sequences, initial_state, mask, segment_ids)
         self._check(sequences, initial_state, mask, segment_ids)
         mask = None if mask is None else ops.cast(mask, "bool")
         if self.go_backwards:
@@ -185,7 +189,9 @@ class HLA(keras.layers.Layer):
             starts = segment_starts(ops.convert_to_tensor(segment_ids), mask)
         states = self._starting_states(sequences, initial_state)
         output, states = self._in_pieces(states, sequences, mask, starts)
-        if self.stateful:
+        if scope is not None:
+            scope.leave(states)
+        elif self.stateful:
             for variable, state in zip(self.states, states, strict=True):
                 variable.assign(state)
         output = self.cell.drop(output, training)
@@ -263,7 +269,8 @@ class HLA(keras.layers.Layer):
         if initial_state is not None:
             cell = self.cell
             check_states("initial_state", initial_state, batch, cell.state_size, cell.state_names)
-        if self.stateful and batch not in (None, self.states[0].shape[0]):
+        fixed = self.stateful and current_state_scope() is None
+        if fixed and batch not in (None, self.states[0].shape[0]):
             raise ValueError(
                 f"The batch size of a stateful layer is fixed to {self.states[0].shape[0]}. "
                 f"Received: sequences.shape={tuple(sequences.shape)}"

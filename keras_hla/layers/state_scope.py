@@ -1,0 +1,64 @@
+"""The states of all layers of a model, handed in and out from outside of it."""
+
+import contextvars
+
+from keras import ops
+
+_current = contextvars.ContextVar("keras_hla_state_scope", default=None)
+
+
+def current_state_scope():
+    """The scope in which a layer is called, or `None`."""
+    return _current.get()
+
+
+class StateScope:
+    """Inside, each call of an `HLA` layer starts from one state and leaves another here.
+
+    This is what makes a model of any depth stream: its layers meet the scope one
+    after the other, always in the same order.
+
+    Args:
+        states: List of the lists of states before the piece, one for each call
+            of a layer. `None` is the state before the first token.
+        mask: Boolean tensor of shape `(batch, length)`, true where a token
+            counts, for all layers. `None` is all.
+    """
+
+    def __init__(self, states=None, mask=None):
+        self.layers = []  # those met, once per call
+        self.states = []  # their lists of states after the piece
+        self._given = states
+        self._mask = mask
+
+    def __enter__(self):
+        self._token = _current.set(self)
+        return self
+
+    def __exit__(self, *_):
+        _current.reset(self._token)
+
+    def enter(self, layer, sequences, initial_state, mask, segment_ids):
+        """The state from which `layer` starts, and its mask."""
+        for name, value in (("initial_state", initial_state), ("segment_ids", segment_ids)):
+            if value is not None:
+                raise ValueError(
+                    f"A stream hands the states from piece to piece: `{name}` of layer "
+                    f"'{layer.name}' must be None. Received: {name}={value}"
+                )
+        for name, needed in (("causal", True), ("go_backwards", False)):
+            if getattr(layer, name) != needed:
+                raise ValueError(
+                    "A stream is read in order, and its future is unknown: layer "
+                    f"'{layer.name}' must have {name}={needed}. Received: {name}={not needed}"
+                )
+        self.layers.append(layer)
+        if self._mask is not None:
+            mask = self._mask if mask is None else ops.logical_and(mask, self._mask)
+        if self._given is None:
+            return layer.get_initial_state(ops.shape(sequences)[0]), mask
+        return self._given[len(self.layers) - 1], mask
+
+    def leave(self, states):
+        """Takes the states after the piece."""
+        self.states.append(list(states))

@@ -1,0 +1,111 @@
+"""Whether a model can be read piece by piece: it is tried."""
+
+import keras
+from keras import tree
+import numpy as np
+
+from keras_hla.backend import stateless
+from keras_hla.streaming.model_call import ModelCall
+
+# Two pieces. Each begins with a token that is not 0, which some embeddings take for padding.
+_TOKENS = np.array([[1, 0, 1, 1, 1, 0], [1, 1, 0, 1, 0, 0]])
+_LENGTH, _PIECE = 6, 3
+
+
+def check_streams(model):
+    """Raises a `ValueError` that names the layer by which a model cannot be streamed.
+
+    A model can be if in two pieces, and with the states between them, it gives the
+    outputs of the whole.
+
+    Returns:
+        The `HLA` layers of the model, once per call, in order.
+    """
+    layers, same = _try(model)
+    if not same:
+        name = _first_that_mixes(model) or model.name
+        raise ValueError(
+            "A model that streams is made of `HLA` layers, their blocks, and layers that act on "
+            f"each time step alone. Received: layer '{name}', whose outputs for a piece of a "
+            "sequence are not those that it has in the whole"
+        )
+    return layers
+
+
+def _try(model):
+    """The `HLA` layers, and whether the outputs in pieces are those of the whole."""
+    call = ModelCall(model)
+    if not call.sequences:
+        raise ValueError(
+            "Argument `model` must have an input of a sequence, as in `keras.Input((None,))`. "
+            f"Received: inputs of shapes {[x.shape for x in call.inputs.values()]}"
+        )
+    layers = []
+
+    def run(inputs, states):
+        outputs, scope = call(inputs, states)
+        layers[:] = scope.layers
+        return outputs, scope.states
+
+    # With weights that differ from those of the model: one that is zero hides nothing then.
+    rng = np.random.default_rng(0)
+    variables = [v for v in model.trainable_variables if "float" in v.dtype]
+    values = [
+        v.value + keras.ops.cast(0.05 * rng.standard_normal(v.shape), v.dtype) for v in variables
+    ]
+    run = stateless(run, variables)
+    inputs = {name: _random(rng, x, name in call.sequences) for name, x in call.inputs.items()}
+
+    def piece(begin):
+        return {
+            name: x[:, begin : begin + _PIECE] if name in call.sequences else x
+            for name, x in inputs.items()
+        }
+
+    whole, _ = run(values, inputs, None)
+    first, states = run(values, piece(0), None)
+    second, _ = run(values, piece(_PIECE), states)
+    tolerance = 1e-3 if model.compute_dtype in ("float32", "float64") else 5e-2
+    same = all(_same(whole[n], first[n], second[n], tolerance) for n in whole)
+    return list(layers), same
+
+
+def _random(rng, x, is_sequence):
+    if x.dtype.startswith(("int", "uint", "bool")):
+        tokens = _TOKENS if is_sequence else np.ones((2, 1))
+        shape = (2, _LENGTH if is_sequence else x.shape[1], *x.shape[2:])
+        tokens = tokens.reshape(tokens.shape + (1,) * (len(shape) - 2))
+        return np.broadcast_to(tokens, shape).astype(x.dtype)
+    shape = (2, _LENGTH, *x.shape[2:]) if is_sequence else (2, *x.shape[1:])
+    return rng.standard_normal(shape).astype(x.dtype)
+
+
+def _same(whole, first, second, tolerance):
+    whole, first, second = (
+        np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")))
+        for x in (whole, first, second)
+    )
+    has_time = [x.shape[1:2] for x in (whole, first, second)] == [(_LENGTH,), (_PIECE,), (_PIECE,)]
+    pieces = np.concatenate([first, second], axis=1) if has_time else second
+    if whole.shape != pieces.shape:
+        return False
+    return np.max(np.abs(whole - pieces), initial=0) <= tolerance * np.max(np.abs(whole), initial=0)
+
+
+def _first_that_mixes(model):
+    """The name of the first layer or operation of which the output cannot be streamed."""
+    if isinstance(model, keras.Sequential):
+        model = keras.Model(model.inputs, model.outputs)
+    for operation in model.operations:
+        part = keras.Model(model.input, operation.output)
+        if not _streams(part):
+            inner = isinstance(operation, keras.Model) and _first_that_mixes(operation)
+            return inner or operation.name
+    return None
+
+
+def _streams(model):
+    try:
+        return _try(model)[1]
+    except Exception:
+        return False

@@ -1,0 +1,134 @@
+"""A model that takes a piece of a sequence and the states before it."""
+
+import re
+
+import keras
+from keras import ops
+
+from keras_hla.checks import check_shape
+from keras_hla.streaming.check import check_streams
+from keras_hla.streaming.model_call import ModelCall
+from keras_hla.streaming.streamed_model import StreamedModel
+
+
+@keras.saving.register_keras_serializable(package="keras_hla")
+class StreamingModel(keras.Model):
+    """A functional model with states among its inputs and outputs: see `streaming_model`."""
+
+    def __call__(self, inputs, *args, **kwargs):
+        return super().__call__(self._checked(inputs), *args, **kwargs)
+
+    def _checked(self, inputs):
+        """The inputs as tensors: some may be arrays, and others states as they were returned."""
+        expected = self.input
+        if not isinstance(inputs, dict) or set(inputs) != set(expected):
+            received = sorted(inputs) if isinstance(inputs, dict) else type(inputs)
+            raise ValueError(
+                f"Argument `inputs` must be a dictionary of {sorted(expected)}. "
+                f"Received: {received}"
+            )
+        inputs = {
+            name: x if isinstance(x, keras.KerasTensor) else ops.convert_to_tensor(x)
+            for name, x in inputs.items()
+        }
+        for name, x in inputs.items():
+            check_shape(f"inputs['{name}']", x, expected[name].shape)
+        return inputs
+
+    @property
+    def state_names(self):
+        """The names of the states, which are keys of the inputs and of the outputs."""
+        return [name for name in self.output if name in self.input]
+
+    def initial_state(self, batch_size):
+        """Returns the states before the first token, by name: zeros."""
+        states = {name: self.input[name] for name in self.state_names}
+        return {name: ops.zeros((batch_size, *x.shape[1:]), x.dtype) for name, x in states.items()}
+
+
+def streaming_model(model, masked=False):
+    """Makes a model that reads sequences piece by piece from one that reads them whole.
+
+    The pieces of a sequence may have any length, one token and up. For each, the
+    outputs are those that `model` gives for these tokens in the whole sequence.
+
+    Args:
+        model: Functional or Sequential model of which every layer, in models
+            inside of it too, is an `HLA` layer or a block of it, or acts on each
+            time step alone. The weights are shared, not copied. Its sequences are
+            the inputs of unknown length, as in `keras.Input((None,))`; if there is
+            none, those of three or more axes and those of integers.
+        masked: Whether the model has one more input, `"mask"`: a boolean tensor of
+            shape `(batch, length)`, true where a token counts. With it the pieces
+            of a batch can be of different lengths. The outputs of tokens that do
+            not count mean nothing.
+
+    Returns:
+        A `keras.Model` from a dictionary of inputs and states to one of outputs
+        and states. An input is named like its `keras.Input` (`"inputs"` if it is
+        the only one and has no name), an output like the layer that it comes
+        from, or as `model` names them where they are dictionaries. States are
+        named after layer and state, as in `"hla_S"`; the same name is the state
+        before the piece in the inputs and after it in the outputs.
+
+        `state_names` lists the states, and `initial_state(batch_size)` gives
+        those before the first token. Where a layer returns its last output alone
+        (`return_sequences=False`), that is the last of the piece. Dropout is off.
+
+    Raises:
+        ValueError: if a layer mixes time in another way (attention, pooling, a
+            convolution over time) or reads from the end. The error names it.
+
+    Example:
+
+    >>> tokens = keras.Input((None,), dtype="int32", name="tokens")
+    >>> x = keras.layers.Embedding(256, 64)(tokens)
+    >>> x = keras_hla.layers.HLADecoderBlock(num_heads=4, key_dim=16)(x)
+    >>> model = keras.Model(tokens, keras.layers.Dense(256, name="logits")(x))
+    >>> stream = keras_hla.streaming_model(model)
+    >>> states = stream.initial_state(batch_size=2)
+    >>> outputs = stream({"tokens": keras.ops.zeros((2, 7), "int32"), **states})
+    >>> tuple(outputs["logits"].shape)
+    (2, 7, 256)
+    >>> states = {name: outputs[name] for name in stream.state_names}  # for the next piece
+    """
+    call = ModelCall(model)
+    layers = check_streams(model)
+    if not layers:
+        raise ValueError(
+            f"Argument `model` must have an `HLA` layer, or a block of it. Received: {model}"
+        )
+    inputs = {}
+    for name, x in call.inputs.items():
+        shape = (None, *x.shape[2:]) if name in call.sequences else x.shape[1:]
+        inputs[name] = keras.Input(shape, dtype=x.dtype, name=name)
+    if masked:
+        inputs["mask"] = keras.Input((None,), dtype="bool", name="mask")
+    names, states = _state_inputs(layers)
+    for name in call.output_names:
+        if name in inputs or name in states:
+            raise ValueError(f"An output must not have the name of an input or a state: '{name}'")
+    inputs |= states
+    outputs = StreamedModel(model, names, name="stream")(inputs)
+    return StreamingModel(inputs, outputs, name=f"{model.name}_stream")
+
+
+def _state_inputs(layers):
+    """For each call of a layer the names of its states; and an input for each state."""
+    names, inputs = [], {}
+    for layer in layers:
+        cell = layer.cell
+        prefix = _unique(re.sub(r"\W", "_", layer.path), inputs, cell.state_names[0])
+        names.append([f"{prefix}_{state}" for state in cell.state_names])
+        for name, size in zip(names[-1], cell.state_size, strict=True):
+            inputs[name] = keras.Input(size, dtype=cell.state_dtype, name=name)
+    return names, inputs
+
+
+def _unique(prefix, inputs, state):
+    """The prefix, with a number if a layer is called again."""
+    unique, count = prefix, 1
+    while f"{unique}_{state}" in inputs:
+        count += 1
+        unique = f"{prefix}_call_{count}"
+    return unique
