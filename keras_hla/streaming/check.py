@@ -1,7 +1,6 @@
 """Whether a model can be read piece by piece: it is tried."""
 
 import keras
-from keras import tree
 import numpy as np
 
 from keras_hla.backend import stateless
@@ -53,7 +52,7 @@ def _try(model):
     values = [
         v.value + keras.ops.cast(0.05 * rng.standard_normal(v.shape), v.dtype) for v in variables
     ]
-    run = stateless(run, variables)
+    attempt = stateless(run, variables)
     inputs = {name: _random(rng, x, name in call.sequences) for name, x in call.inputs.items()}
 
     def piece(begin):
@@ -62,9 +61,9 @@ def _try(model):
             for name, x in inputs.items()
         }
 
-    whole, _ = run(values, inputs, None)
-    first, states = run(values, piece(0), None)
-    second, _ = run(values, piece(_PIECE), states)
+    whole, _ = attempt(values, inputs, None)
+    first, states = attempt(values, piece(0), None)
+    second, _ = attempt(values, piece(_PIECE), states)
     tolerance = 1e-3 if model.compute_dtype in ("float32", "float64") else 5e-2
     same = all(_same(whole[n], first[n], second[n], tolerance) for n in whole)
     return list(layers), same

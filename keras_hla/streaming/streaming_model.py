@@ -115,7 +115,8 @@ def streaming_model(model, masked=False):
 
 def _state_inputs(layers):
     """For each call of a layer the names of its states; and an input for each state."""
-    names, inputs = [], {}
+    names: list[list[str]] = []
+    inputs: dict[str, keras.KerasTensor] = {}
     for layer in layers:
         cell = layer.cell
         prefix = _unique(re.sub(r"\W", "_", layer.path), inputs, cell.state_names[0])
