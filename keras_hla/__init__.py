@@ -2,7 +2,16 @@
 
 from keras_hla import layers, operators, ops
 from keras_hla.export import export_saved_model
-from keras_hla.streaming import streaming_model
+from keras_hla.streaming import generate, generate_stream, streaming_model
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "export_saved_model", "layers", "operators", "ops", "streaming_model"]
+__all__ = [
+    "__version__",
+    "export_saved_model",
+    "generate",
+    "generate_stream",
+    "layers",
+    "operators",
+    "ops",
+    "streaming_model",
+]

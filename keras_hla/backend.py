@@ -19,20 +19,21 @@ def cumulative_sum(x):
     return ops.cumsum(x, axis=-1)
 
 
-def scan_serially(step, state, inputs):
+def scan_serially(step, state, inputs, output_dtype=None):
     """Calls `output, state = step(state, entries)` for entry after entry, differentiably.
 
     Args:
         step: takes the tuple of states and the tuple of one entry of each of the inputs.
         state: tuple of tensors, whose shapes and dtypes `step` keeps.
         inputs: tuple of tensors whose first axis is that of the entries.
+        output_dtype: dtype of the outputs; `None` is that of the first of the inputs.
 
     Returns:
         The outputs, stacked along the first axis, and the last states.
     """
     if keras.config.backend() == "tensorflow":
         # `keras.ops.scan` wants outputs shaped like states there, and has no gradient under XLA.
-        return _scan_tensorflow(step, state, inputs)
+        return _scan_tensorflow(step, state, inputs, output_dtype)
 
     def body(state, entries):
         output, state = step(state, entries)
@@ -42,12 +43,12 @@ def scan_serially(step, state, inputs):
     return outputs, state
 
 
-def _scan_tensorflow(step, state, inputs):
+def _scan_tensorflow(step, state, inputs, output_dtype=None):
     import tensorflow as tf
 
     length = inputs[0].shape[0]
     bound = tf.shape(inputs[0])[0] if length is None else length
-    outputs = tf.TensorArray(inputs[0].dtype, size=bound, element_shape=None)
+    outputs = tf.TensorArray(output_dtype or inputs[0].dtype, size=bound, element_shape=None)
 
     def body(t, state, outputs):
         output, state = step(state, tuple(x[t] for x in inputs))
@@ -120,17 +121,19 @@ def stateless(function, variables):
     return with_values
 
 
-def compiled(function, variables):
+def compiled(function, variables, loop=False):
     """The function for inference, compiled anew for each combination of shapes.
 
     Args:
         function: takes and returns nests of tensors.
         variables: list of the `keras.Variable`s that it reads, whose values may change.
+        loop: whether the function is a long loop of small steps.
     """
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, autograph=False)
+        # XLA takes longer to compile, and makes a loop of small steps 20 times as fast.
+        return tf.function(function, autograph=False, jit_compile=loop)
     call = stateless(function, variables)
     return lambda *inputs: call([v.value for v in variables], *inputs)
 

@@ -4,7 +4,7 @@ import contextvars
 
 from keras import ops
 
-_current = contextvars.ContextVar("keras_hla_state_scope", default=None)
+_current: contextvars.ContextVar = contextvars.ContextVar("state_scope", default=None)
 
 
 def current_state_scope():

@@ -1,5 +1,6 @@
 """From a trained model to one that reads a sequence piece by piece, and writes on."""
 
+from keras_hla.streaming.generate import generate, generate_stream
 from keras_hla.streaming.streaming_model import StreamingModel, streaming_model
 
-__all__ = ["StreamingModel", "streaming_model"]
+__all__ = ["StreamingModel", "generate", "generate_stream", "streaming_model"]

@@ -39,7 +39,7 @@ def _try(model):
             "Argument `model` must have an input of a sequence, as in `keras.Input((None,))`. "
             f"Received: inputs of shapes {[x.shape for x in call.inputs.values()]}"
         )
-    layers = []
+    layers: list[keras.layers.Layer] = []
 
     def run(inputs, states):
         outputs, scope = call(inputs, states)
@@ -93,18 +93,21 @@ def _same(whole, first, second, tolerance):
 
 def _first_that_mixes(model):
     """The name of the first layer or operation of which the output cannot be streamed."""
-    if isinstance(model, keras.Sequential):
-        model = keras.Model(model.inputs, model.outputs)
+    model = ModelCall(model).model
     for operation in model.operations:
-        part = keras.Model(model.input, operation.output)
-        if not _streams(part):
-            inner = isinstance(operation, keras.Model) and _first_that_mixes(operation)
-            return inner or operation.name
+        if isinstance(operation, keras.Model):
+            name = _first_that_mixes(operation)
+            if name:
+                return name
+        elif not _streams(model, operation):
+            return operation.name
     return None
 
 
-def _streams(model):
+def _streams(model, operation):
     try:
-        return _try(model)[1]
+        return _try(keras.Model(model.input, operation.output))[1]
+    except AttributeError:  # An operation with several outputs has not failed the first time.
+        return True
     except Exception:
         return False

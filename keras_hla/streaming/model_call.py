@@ -20,9 +20,14 @@ class ModelCall:
                 "Argument `model` must be a functional model, or a Sequential one that is built. "
                 f"Received: {model}"
             )
+        if isinstance(model, keras.Sequential):
+            model = keras.Model(model.inputs, model.outputs, name=model.name)
         self.model = model
         self.inputs = _named_inputs(model)
-        self.output_names = _output_names(model)
+        # A dictionary of outputs has names of its own.
+        self.output_names = list(
+            model.output if isinstance(model.output, dict) else model.output_names
+        )
         self.sequences = _sequences(self.inputs)
 
     def __call__(self, inputs, states=None, mask=None):
@@ -60,12 +65,6 @@ def _named_inputs(model):
     if len(inputs) == 1 and unnamed[0]:
         return {"inputs": inputs[0]}
     return {x.name: x for x in inputs}
-
-
-def _output_names(model):
-    if isinstance(model.output, dict):
-        return list(model.output)
-    return list(keras.Model(model.inputs, model.outputs).output_names)
 
 
 def _sequences(inputs):

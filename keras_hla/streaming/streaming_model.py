@@ -109,7 +109,7 @@ def streaming_model(model, masked=False):
         if name in inputs or name in states:
             raise ValueError(f"An output must not have the name of an input or a state: '{name}'")
     inputs |= states
-    outputs = StreamedModel(model, names, name="stream")(inputs)
+    outputs = StreamedModel(call.model, names, name="stream")(inputs)
     return StreamingModel(inputs, outputs, name=f"{model.name}_stream")
 
 
