@@ -10,13 +10,13 @@ SavedModel, which runs without Keras.
 """
 
 import argparse
+import json
 import math
 import os
 from pathlib import Path
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 
 def parse_arguments():
@@ -65,6 +65,7 @@ from text import (  # noqa: E402
     windows,
 )
 
+import keras_hla  # noqa: E402
 from keras_hla.layers import HLADecoderBlock  # noqa: E402
 
 CORPUS_SIZE = 4_000_000
@@ -115,48 +116,22 @@ def measure_baselines(tokens, held_out, starts, vocabulary_size):
     return {f"order {n}": float(bits[n][targets].mean()) for n in (0, 3)}
 
 
-def make_layers(vocabulary_size):
-    """The layers of the model, which `wire` connects."""
-    blocks = [
-        HLADecoderBlock(NUM_HEADS, WIDTH // NUM_HEADS, HIDDEN, return_state=True)
-        for _ in range(NUM_BLOCKS)
-    ]
+def make_model(vocabulary_size):
+    """The model, from tokens to logits."""
     # The embedding, transposed, is also the projection to the logits. These start near zero.
     embedding = layers.ReversibleEmbedding(
         vocabulary_size,
         WIDTH,
         embeddings_initializer=keras.initializers.RandomNormal(stddev=WIDTH**-0.5),
+        name="embedding",
     )
-    return SimpleNamespace(embedding=embedding, blocks=blocks, norm=layers.RMSNormalization())
-
-
-def wire(parts, tokens, states=None):
-    """Connects the layers, from tokens and the states before them to logits and the states after.
-
-    Models wired from the same layers share their weights.
-    """
-    x = parts.embedding(tokens)
-    new_states = []
-    for i, block in enumerate(parts.blocks):
-        x, *new_state = block(x, initial_state=states[i] if states else None)
-        new_states.append(new_state)
-    return parts.embedding(parts.norm(x), reverse=True), new_states
-
-
-def make_model(parts):
-    """The model that is trained and exported: from tokens to logits."""
     tokens = keras.Input((None,), dtype="int32", name="tokens")
-    logits, _ = wire(parts, tokens)
-    return keras.Model(tokens, logits)
-
-
-def make_streaming_model(parts, length):
-    """The model for a text that comes in pieces of a length, or of any if it is `None`."""
-    tokens = keras.Input((length,), dtype="int32", name="tokens")
-    states = [[keras.Input(size) for size in block.cell.state_size] for block in parts.blocks]
-    logits, new_states = wire(parts, tokens, states)
-    inputs = {"tokens": tokens, "states": states}
-    return keras.Model(inputs, {"logits": logits[:, -1], "states": new_states})
+    x = embedding(tokens)
+    for _ in range(NUM_BLOCKS):
+        x = HLADecoderBlock(NUM_HEADS, WIDTH // NUM_HEADS, HIDDEN)(x)
+    x = embedding(layers.RMSNormalization()(x), reverse=True)
+    # Layers name the outputs of a SavedModel.
+    return keras.Model(tokens, layers.Identity(name="logits")(x))
 
 
 def bits_per_character(targets, logits):
@@ -218,47 +193,36 @@ def plot(report, path):
     figure.savefig(path, dpi=120)
 
 
-def stream(parts, characters, prompt):
-    """Takes in the prompt as one piece, then writes on from the state, character by character."""
-    # For one token at a time TensorFlow builds a smaller graph than for any number.
-    model = make_streaming_model(parts, None)
-    step_model = make_streaming_model(parts, 1)
-    random = np.random.default_rng(ARGUMENTS.seed)
+def write(model, characters, prompt):
+    """Takes in the prompt at once, then writes on from the state, character by character."""
     print(f"Prompt, from the held-out text:\n{prompt}")
     print(f"Continuation by the model, at temperature {TEMPERATURE}:")
-    tokens = encode(prompt, characters)
-    states = [
-        [keras.ops.convert_to_numpy(state) for state in block.get_initial_state(1)]
-        for block in parts.blocks
-    ]
-    outputs = model.predict_on_batch({"tokens": tokens[None], "states": states})
-    times = []
-    for _ in range(SAMPLE_LENGTH):
-        logits = outputs["logits"][0]
-        # The largest of logits with Gumbel noise is a sample of their softmax.
-        token = np.argmax(logits / TEMPERATURE + random.gumbel(size=logits.shape))
-        print(characters[token], end="", flush=True)
-        inputs = {"tokens": np.array([[token]], "int32"), "states": outputs["states"]}
-        outputs = step_model.predict_on_batch(inputs)
+    pieces = keras_hla.generate_stream(
+        model,
+        encode(prompt, characters),
+        SAMPLE_LENGTH,
+        temperature=TEMPERATURE,
+        seed=ARGUMENTS.seed,
+        decode=lambda tokens: "".join(characters[token] for token in tokens),
+    )
+    times, lengths = [], []
+    for text in pieces:
+        print(text, end="", flush=True)
         times.append(time.perf_counter())
-    size = sum(state.nbytes for block in outputs["states"] for state in block)
-    rate = (len(times) - 1) / (times[-1] - times[0])  # without the first, which compiles
-    print(f"\nState: {size:,} bytes at any length of the text. Speed: {rate:.0f} characters/s.")
-
-
-# Keras writes no SavedModel from torch; but what torch saved, TensorFlow can load.
-EXPORT = """
-import sys, keras, keras_hla
-keras.saving.load_model(sys.argv[1]).export(sys.argv[2], format="tf_saved_model", verbose=False)
-"""
+        lengths.append(len(text))
+    blocks = [layer for layer in model.layers if isinstance(layer, HLADecoderBlock)]
+    numbers = sum(math.prod(size) for block in blocks for size in block.cell.state_size)
+    rate = sum(lengths[1:]) / (times[-1] - times[0])  # without the first piece, which compiles
+    print(f"\nState: {4 * numbers:,} bytes at any length of the text.")
+    print(f"Speed: {rate:,.0f} characters/s.")
 
 
 def export(model, keras_file, saved_model):
     model.save(keras_file)
-    if ARGUMENTS.backend == "torch":
-        run_python("-c", EXPORT, keras_file, saved_model)
+    if ARGUMENTS.backend == "torch":  # from which Keras writes no SavedModel
+        run_python("-m", "keras_hla.export", keras_file, saved_model)
     else:
-        model.export(saved_model, format="tf_saved_model", verbose=False)
+        keras_hla.export_saved_model(model, saved_model)
 
 
 def check_saved_model(model, held_out, saved_model, logits_file):
@@ -266,7 +230,8 @@ def check_saved_model(model, held_out, saved_model, logits_file):
     arrays = {}
     for length in (1, 100, HELD_OUT_LENGTH):
         tokens = held_out[None, :length]
-        arrays |= {f"tokens_{length}": tokens, f"logits_{length}": model.predict_on_batch(tokens)}
+        logits = model.predict_on_batch(tokens)
+        arrays |= {f"tokens_{length}": tokens, f"logits_{length}": logits}
     np.savez(logits_file, **arrays)
     print("SavedModel, run with TensorFlow and without Keras, against the Keras model:")
     run_python(Path(__file__).with_name("serve_saved_model.py"), saved_model, logits_file)
@@ -297,8 +262,7 @@ def main():
     for name, bits in baselines.items():
         print(f"  {name}: {bits:.3f}")
 
-    parts = make_layers(len(characters))
-    model = make_model(parts)
+    model = make_model(len(characters))
     print(f"HLA model on {ARGUMENTS.backend}: {model.count_params():,} parameters")
     print("Training, losses in bits per character:")
     report = Report(baselines)
@@ -307,10 +271,11 @@ def main():
     plot(report, curve)
 
     prompt = held_out_text[held_out_text.find("\n\n") + 2 :][:PROMPT_LENGTH]
-    stream(parts, characters, prompt)
+    write(model, characters, prompt)
 
     keras_file, saved_model = folder / "model.keras", folder / "saved_model"
-    model = make_model(parts)  # without loss and optimizer
+    characters_file = folder / "characters.json"
+    characters_file.write_text(json.dumps(list(characters)), encoding="utf-8")
     export(model, keras_file, saved_model)
     logits_file = folder / "logits.npz"
     check_saved_model(model, held_out, saved_model, logits_file)
@@ -319,6 +284,7 @@ def main():
     print(f"  {curve}: losses over the training steps")
     print(f"  {keras_file}: the model, for keras.saving.load_model")
     print(f"  {saved_model}: the model, for TensorFlow alone")
+    print(f"  {characters_file}: the characters of the tokens, for serve.py")
     print(f"  {logits_file}: tokens and logits, for serve_saved_model.py to check it with")
 
 

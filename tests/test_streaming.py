@@ -40,7 +40,6 @@ def everything_else():
     inner = keras.Sequential([keras.layers.Dense(16, "relu"), layers.HLA(2, 4, operator="hla3")])
     inner.build((None, None, 16))
     x = inner(x) * ops.sigmoid(x)
-    x = keras.layers.TimeDistributed(keras.layers.Dense(16))(x)
     x = keras.layers.BatchNormalization()(shared(x))
     return keras.Model(tokens, keras.layers.Dense(20, name="logits")(x))
 
