@@ -1,4 +1,4 @@
-"""A model goes from one backend to another, and to a process without Keras."""
+"""A model goes from one backend to another."""
 
 from backends import relative_error
 import keras
@@ -18,25 +18,6 @@ folder = sys.argv[1]
 model = keras.saving.load_model(f"{folder}/model.keras")
 outputs = model.predict(np.load(f"{folder}/inputs.npy"), verbose=0)
 np.save(f"{folder}/{keras.config.backend()}.npy", outputs)
-"""
-
-EXPORT = """
-import sys
-import keras
-import keras_hla
-model = keras.saving.load_model(f"{sys.argv[1]}/model.keras")
-model.export(f"{sys.argv[1]}/saved_model", format="tf_saved_model", verbose=False)
-"""
-
-SERVE = """
-import sys
-for name in ("keras", "tf_keras", "keras_hla"):
-    sys.modules[name] = None  # importing them fails from here on
-import numpy as np, tensorflow as tf
-folder = sys.argv[1]
-model = tf.saved_model.load(f"{folder}/saved_model")
-for path in sys.argv[2:]:
-    np.save(f"{folder}/served_{path}", model.serve(np.load(f"{folder}/{path}")).numpy())
 """
 
 
@@ -59,22 +40,6 @@ def test_loads_under_the_other_backends(model, rng, tmp_path):
     for backend in set(BACKENDS) - {keras.config.backend()}:
         run_python("-c", LOAD, tmp_path, backend=backend)
         assert relative_error(np.load(tmp_path / f"{backend}.npy"), expected) <= 1e-5
-
-
-def test_saved_model_answers_without_keras(model, rng, tmp_path):
-    if keras.config.backend() == "torch":  # which writes no SavedModel: TensorFlow does it
-        model.save(tmp_path / "model.keras")
-        run_python("-c", EXPORT, tmp_path, backend="tensorflow")
-    else:
-        model.export(tmp_path / "saved_model", format="tf_saved_model", verbose=False)
-    shapes = [(1, 1), (5, 65), (2, 1000)]
-    names = [f"{batch}_{length}.npy" for batch, length in shapes]
-    for name, shape in zip(names, shapes, strict=True):
-        np.save(tmp_path / name, rng.integers(0, 50, shape).astype("int32"))
-    run_python("-c", SERVE, tmp_path, *names)
-    for name in names:
-        expected = model.predict(np.load(tmp_path / name), verbose=0)
-        assert relative_error(np.load(tmp_path / f"served_{name}"), expected) <= 1e-5
 
 
 def test_imports_no_other_backend():
