@@ -1,0 +1,173 @@
+"""The stack of blocks, without a head."""
+
+import keras
+from keras_hub.models import Backbone
+
+from keras_hla.checks import check_positive_int
+from keras_hla.layers import HLADecoderBlock
+
+# Arguments of the blocks that generation leaves no choice of.
+_FIXED = {"return_state": True, "stateful": False, "causal": True}
+
+
+@keras.saving.register_keras_serializable(package="keras_hla")
+class HLABackbone(Backbone):
+    """Token embedding, a stack of `HLADecoderBlock`, and a final norm.
+
+    Args:
+        vocabulary_size: Number of token ids.
+        num_layers: Number of blocks.
+        num_heads: Number of query heads of each block.
+        hidden_dim: Number of features of the embedding and of the blocks.
+        intermediate_dim: Size of the MLPs, as in `HLADecoderBlock`.
+        key_dim: Size of each query and key head. `None` is
+            `hidden_dim / num_heads`.
+        dropout: Share in [0, 1) of the outputs of the mixers and of the MLPs
+            that are dropped in training.
+        norm_epsilon: Positive number, added to the mean squares of the norms.
+        tie_word_embeddings: Whether the logits of a language model are computed
+            with the weights of the embedding, or with weights of their own.
+        seed: Integer, seed of the dropout.
+        name: Name of the model.
+        trainable: Whether the weights are trained.
+        dtype: Dtype policy of all layers. States are float32 under every policy
+            up to float32.
+        **kwargs: Other arguments of `HLADecoderBlock` (`decay`, `operator`,
+            `num_key_value_heads`, `output_gate`, ...) but `return_state`,
+            `stateful` and `causal`.
+
+    Call arguments:
+        inputs: Dictionary of `"token_ids"`, integers of shape `(batch, length)`,
+            and `"padding_mask"`, booleans or integers of the same shape, true
+            where a token counts. The others leave the states as they are.
+
+    Returns:
+        A tensor of shape `(batch, length, hidden_dim)`.
+
+    Raises:
+        ValueError: if an argument is outside of what it may be.
+
+    Example:
+
+    >>> backbone = keras_hla.hub.HLABackbone(
+    ...     vocabulary_size=100, num_layers=2, num_heads=4, hidden_dim=32
+    ... )
+    >>> token_ids = keras.random.randint((2, 12), 0, 100)
+    >>> padding_mask = keras.ops.ones((2, 12), "int32")
+    >>> outputs = backbone({"token_ids": token_ids, "padding_mask": padding_mask})
+    >>> tuple(outputs.shape)
+    (2, 12, 32)
+    """
+
+    def __init__(
+        self,
+        vocabulary_size,
+        num_layers,
+        num_heads,
+        hidden_dim,
+        intermediate_dim=None,
+        key_dim=None,
+        dropout=0.0,
+        norm_epsilon=1e-6,
+        tie_word_embeddings=True,
+        seed=None,
+        name=None,
+        trainable=True,
+        dtype=None,
+        **kwargs,
+    ):
+        check_positive_int("vocabulary_size", vocabulary_size)
+        check_positive_int("num_layers", num_layers)
+        check_positive_int("num_heads", num_heads)
+        check_positive_int("hidden_dim", hidden_dim)
+        for argument in _FIXED:
+            if argument in kwargs:
+                raise ValueError(
+                    f"A backbone takes no argument `{argument}`: its blocks are causal and return "
+                    f"their states, for generation. Received: {argument}={kwargs[argument]!r}"
+                )
+        if key_dim is None and hidden_dim % num_heads:
+            raise ValueError(
+                "Argument `hidden_dim` must be a multiple of `num_heads`, or `key_dim` be given. "
+                f"Received: hidden_dim={hidden_dim}, num_heads={num_heads}, key_dim=None"
+            )
+        self.token_embedding = keras.layers.ReversibleEmbedding(
+            vocabulary_size,
+            hidden_dim,
+            tie_weights=tie_word_embeddings,
+            dtype=dtype,
+            name="token_embedding",
+        )
+        self.decoder_blocks = [
+            HLADecoderBlock(
+                num_heads,
+                hidden_dim // num_heads if key_dim is None else key_dim,
+                intermediate_dim,
+                dropout=dropout,
+                norm_epsilon=norm_epsilon,
+                seed=None if seed is None else seed + i,  # or all blocks would drop alike
+                dtype=dtype,
+                name=f"decoder_block_{i}",
+                **_FIXED,
+                **kwargs,
+            )
+            for i in range(num_layers)
+        ]
+        self.norm = keras.layers.RMSNormalization(epsilon=norm_epsilon, dtype=dtype, name="norm")
+        # Both treat each token alone. If they do not say so, Keras warns that a mask ends there.
+        self.token_embedding.supports_masking = self.norm.supports_masking = True
+
+        token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+        padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
+        x = self.token_embedding(token_ids)
+        for block in self.decoder_blocks:
+            x, *_ = block(x, mask=padding_mask)
+        super().__init__(
+            inputs={"token_ids": token_ids, "padding_mask": padding_mask},
+            outputs=self.norm(x),
+            name=name,
+            trainable=trainable,
+            dtype=dtype,
+        )
+        self.vocabulary_size = vocabulary_size
+        self.num_layers = num_layers
+        self.hidden_dim = hidden_dim
+        self.tie_word_embeddings = tie_word_embeddings
+
+    def get_initial_state(self, batch_size):
+        """Returns the states before the first token: for each block its list."""
+        return [block.get_initial_state(batch_size) for block in self.decoder_blocks]
+
+    def call_with_states(self, token_ids, states, padding_mask=None):
+        """Reads the next tokens of sequences whose beginning the states hold.
+
+        Args:
+            token_ids: Integer tensor of shape `(batch, length)`.
+            states: States before these tokens, as this method returns them, or
+                as `get_initial_state` does.
+            padding_mask: Tensor of shape `(batch, length)`, as in a call of the
+                backbone, or `None` if all tokens count.
+
+        Returns:
+            The tuple `(outputs, states)`: a tensor of shape `(batch, length,
+            hidden_dim)`, and the states after these tokens.
+        """
+        x, new_states = self.token_embedding(token_ids), []
+        for block, state in zip(self.decoder_blocks, states, strict=True):
+            x, *new_state = block(x, initial_state=state, mask=padding_mask)
+            new_states.append(new_state)
+        return self.norm(x), new_states
+
+    def get_config(self):
+        # The blocks differ in their names alone, and in their seeds, which count up from the first.
+        block = self.decoder_blocks[0].get_config()
+        for argument in _FIXED:
+            del block[argument]
+        return {
+            **block,
+            **super().get_config(),
+            "vocabulary_size": self.vocabulary_size,
+            "num_layers": self.num_layers,
+            "hidden_dim": self.hidden_dim,
+            "tie_word_embeddings": self.tie_word_embeddings,
+        }
