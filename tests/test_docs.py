@@ -9,9 +9,13 @@ import pytest
 from scripts import ROOT, run_python
 
 import keras_hla
-from keras_hla import layers, operators, ops
+from keras_hla import hub, layers, operators, ops
 
 PUBLIC = [
+    hub.HLABackbone,
+    hub.HLACausalLM,
+    hub.HLACausalLMPreprocessor,
+    hub.HLATokenizer,
     layers.HLA,
     layers.HLACell,
     layers.HLADecoderBlock,
