@@ -36,6 +36,16 @@ def test_cost():
         assert shown in output
 
 
+def test_streaming_cost():
+    output = run_python(
+        "examples/streaming_cost.py",
+        *("--backend", keras.config.backend()),
+        *("--tokens", 40, "--contexts", 64, "--stream", 3000),
+    )
+    for shown in ("whole prefix", "cache of", "outputs are finite"):
+        assert shown in output
+
+
 def test_operator_cost():
     output = run_python(
         "examples/operator_cost.py",
