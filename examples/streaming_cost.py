@@ -150,6 +150,7 @@ def stream(count, block=1000):
     S, F = np.zeros((2, heads, dim, dim))
     decay, blocks, worst = np.exp(-0.01), -(-count // block), 0.0
     seconds = []
+    shown = {max(2, blocks * share // 100) for share in (0, 10, 50, 100)}
     for n in range(blocks):
         arrays = rng.standard_normal((3, 1, block, heads, dim)).astype("float32") / dim**0.5
         begin = time.perf_counter()
@@ -163,7 +164,7 @@ def stream(count, block=1000):
             exact[t] = (q[:, None] @ F)[:, 0]
         difference = np.sqrt(np.mean((outputs[0] - exact) ** 2) / np.mean(exact**2))
         worst = max(worst, difference)
-        if n + 1 in (2, blocks // 10, blocks // 2, blocks):
+        if n + 1 in shown:
             recent = statistics.median(seconds[max(1, n // 2) : n + 1]) / block
             print(
                 f"  {(n + 1) * block:9,d} tokens: {1e3 * recent:.4f} ms per token, "

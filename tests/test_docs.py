@@ -12,6 +12,8 @@ import keras_hla
 from keras_hla import hub, layers, operators, ops
 
 PUBLIC = [
+    keras_hla.generate,
+    keras_hla.streaming_model,
     hub.HLABackbone,
     hub.HLACausalLM,
     hub.HLACausalLMPreprocessor,
