@@ -14,6 +14,7 @@ from keras_hla.backend import DEFAULT_CHUNK_SIZE, scan_serially
 from keras_hla.layout import group
 from keras_hla.scan import (
     ChunkedScan,
+    SingleScan,
     UnorderedScan,
     causal_mask,
     decay_products,
@@ -28,7 +29,7 @@ def chunked(operator, query, key, value, log_decay, state, chunk_size=None):
     scan, (query, key, value) = _cut_in_chunks((query, key, value), log_decay, chunk_size)
     state = state or (None,) * len(operator.state_names)
     output, state = operator.chain(scan, state, query, key, value)
-    return merge_axis(output, length, axis=-2), state
+    return output if isinstance(scan, SingleScan) else merge_axis(output, length, axis=-2), state
 
 
 def summarize(operator, query, key, value, log_decay):
@@ -40,6 +41,8 @@ def summarize(operator, query, key, value, log_decay):
 def _cut_in_chunks(inputs, log_decay, chunk_size):
     length = ops.shape(inputs[0])[-2]
     size = _balanced_chunk_size(length, chunk_size or DEFAULT_CHUNK_SIZE)
+    if isinstance(length, int) and length == size:
+        return SingleScan(log_decay, size, inputs[0].dtype), inputs
     if log_decay is not None:
         log_decay = split_axis(log_decay, size, axis=-1)
     scan = ChunkedScan(log_decay, size, inputs[0].dtype)

@@ -65,7 +65,8 @@ class ChunkedScan:
             query = query * _power(ops.exp(total)[..., None], power)
         else:
             scores = scores * within
-        return scores @ value + query @ entering, last
+        output = scores @ value
+        return output if entering is None else output + query @ entering, last
 
     def last_state(self, key, value, power=1):
         """The last state alone, `(..., d, dv)`, from zero; a `power` of 0 is no decay."""
@@ -75,10 +76,23 @@ class ChunkedScan:
         """The states entering the chunks, `(..., n, d, dv)`, and the last one."""
         log_chunk = None
         if self._decays:
-            to_end = self._within[..., -1, :, None]
+            to_end = self._within[..., -1, :][..., None]
             key = key * _power(to_end, power)
             log_chunk = _clip(self._total[..., -1]) * power
-        return _scan_chunks(ops.swapaxes(key, -1, -2) @ value, log_chunk, state)
+        return self._scan_states(ops.swapaxes(key, -1, -2) @ value, log_chunk, state)
+
+    def _scan_states(self, sums, log_chunk, state):
+        return _scan_chunks(sums, log_chunk, state)
+
+
+class SingleScan(ChunkedScan):
+    """`ChunkedScan` where one chunk holds all tokens, and has no axis: `(..., c, d)`."""
+
+    def _scan_states(self, sums, log_chunk, state):
+        if state is None:
+            return None, sums
+        decay = 1.0 if log_chunk is None else ops.exp(log_chunk)[..., None, None]
+        return state, decay * state + sums
 
 
 class UnorderedScan:
