@@ -1,12 +1,14 @@
 """Higher-order Linear Attention layers for Keras 3 (Zhang, Qin, Wang, Gu, arXiv:2510.27258)."""
 
 from keras_hla import layers, operators, ops
-from keras_hla.export import export_saved_model
+from keras_hla.export import export_litert, export_onnx, export_saved_model
 from keras_hla.streaming import generate, generate_stream, streaming_model
 
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "export_litert",
+    "export_onnx",
     "export_saved_model",
     "generate",
     "generate_stream",

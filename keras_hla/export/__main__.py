@@ -1,4 +1,7 @@
-"""Exports a `.keras` file: `python -m keras_hla.export model.keras saved_model`."""
+"""Exports a `.keras` file: `python -m keras_hla.export model.keras saved_model`.
+
+The suffix of the output chooses the format: `.onnx`, `.tflite`, or a SavedModel.
+"""
 
 import argparse
 import importlib
@@ -10,10 +13,23 @@ import sys
 def main():
     parser = argparse.ArgumentParser(
         prog="python -m keras_hla.export",
-        description="Write a SavedModel from a .keras file, whatever backend wrote that.",
+        description="Write a SavedModel, an ONNX or a LiteRT file from a .keras file, "
+        "whatever backend wrote that.",
     )
     parser.add_argument("model", type=Path, help="the .keras file")
-    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument(
+        "output", type=Path, help="folder to write, or a file that ends in .onnx or .tflite"
+    )
+    parser.add_argument(
+        "--step",
+        action="store_true",
+        help="in .onnx and .tflite: take and return the states (a SavedModel has both ways)",
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        help="in .onnx and .tflite: length of the sequences (default: any, which .tflite has not)",
+    )
     parser.add_argument(
         "--backend",
         choices=("tensorflow", "jax"),
@@ -36,6 +52,11 @@ def main():
     arguments = parser.parse_args()
     if not arguments.model.is_file():
         parser.error(f"there is no file {arguments.model}")
+    single = arguments.output.suffix in (".onnx", ".tflite")
+    if single and (arguments.stateful or arguments.backend == "jax"):
+        parser.error(f"--stateful and --backend jax are for a SavedModel, not {arguments.output}")
+    if not single and (arguments.step or arguments.length is not None):
+        parser.error("--step and --length are for files that end in .onnx or .tflite")
     if os.environ.get("KERAS_BACKEND") != arguments.backend:
         # Keras has read the variable when this package was imported: start again.
         os.environ["KERAS_BACKEND"] = arguments.backend
@@ -43,12 +64,16 @@ def main():
 
     import keras
 
-    from keras_hla.export import export_saved_model
+    from keras_hla.export import export_litert, export_onnx, export_saved_model
 
     for module in arguments.modules:
         importlib.import_module(module)
     model = keras.saving.load_model(arguments.model, compile=False)
-    export_saved_model(model, arguments.output, stateful=arguments.stateful)
+    if single:
+        export = export_onnx if arguments.output.suffix == ".onnx" else export_litert
+        export(model, arguments.output, step=arguments.step, length=arguments.length)
+    else:
+        export_saved_model(model, arguments.output, stateful=arguments.stateful)
     print(f"Written: {arguments.output}")
 
 

@@ -1,0 +1,55 @@
+"""LiteRT files, for phones and small devices."""
+
+from pathlib import Path
+
+from keras_hla.backend import DEFAULT_CHUNK_SIZE
+from keras_hla.checks import check_positive_int
+from keras_hla.export.tensorflow_function import check_backend, tensorflow_function
+from keras_hla.streaming.check import check_streams
+
+
+def export_litert(model, path, step=False, length=None):
+    """Writes a LiteRT file that answers whole sequences, or reads them piece by piece.
+
+    It holds no operations but LiteRT's own, and one signature, `"serving_default"`.
+    Inputs and outputs are named as by `keras_hla.streaming_model`, and free in
+    batch size.
+
+    Args:
+        model: Model in float32 that `keras_hla.streaming_model` takes, under
+            TensorFlow.
+        path: File to write.
+        step: Whether the file takes the states before the sequences, and gives
+            those after them. Before the first token they are zeros.
+        length: Length of the sequences, or of the pieces, which has to be known:
+            an integer up to the chunk size of the model's layers, by default 128.
+            With `step`, pieces of one file make a sequence of any length.
+
+    Raises:
+        RuntimeError: under JAX and torch. It names the command that exports a
+            `.keras` file.
+        ValueError: if the model cannot be streamed or is not in float32, or the
+            length is out of bounds.
+
+    Example:
+
+    ```python
+    keras_hla.export_litert(model, "step.tflite", step=True, length=1)
+
+    served = ai_edge_litert.interpreter.Interpreter("step.tflite")  # in any process
+    ```
+    """
+    check_backend(path)
+    import tensorflow as tf
+
+    check_positive_int("length", length, optional=True)
+    longest = min(layer.chunk_size or DEFAULT_CHUNK_SIZE for layer in check_streams(model))
+    if length is None or length > longest:  # with several chunks, tensors have too many axes
+        raise ValueError(
+            f"Argument `length` must be an integer from 1 to {longest}, the chunk size, in LiteRT. "
+            "To read sequences of other lengths export pieces, as with `step=True, length=1`; or "
+            f"another format: ONNX and SavedModels take any length. Received: length={length}"
+        )
+    function = tensorflow_function(model, step, length).get_concrete_function()
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([function], model)
+    Path(path).write_bytes(converter.convert())
