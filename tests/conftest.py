@@ -31,11 +31,13 @@ def pytest_configure(config):
     import torch  # noqa: F401  # Before TensorFlow: in the other order torch may crash on import.
 
 
+# What is the same on every backend: the definitions, which are torch, and a server without Keras.
+ONCE = {"test_definitions.py": "torch", "test_serve.py": "tensorflow"}
+
+
 def pytest_ignore_collect(collection_path, config):
-    """Tests the definitions, which are torch on every backend, only once."""
-    if collection_path.name == "test_definitions.py" and config.getoption("--backend") != "torch":
-        return True
-    return None
+    backend = config.getoption("--backend")
+    return True if ONCE.get(collection_path.name, backend) != backend else None
 
 
 def pytest_report_header(config):
