@@ -99,10 +99,12 @@ class Request:
     temperature: float
     random: np.random.Generator
     emit: Callable[[dict], None]
-    cancelled: bool = False
+    cancelled: bool = False  # by the client's thread
+    ended: bool = False
 
     def end(self, error=None):
         """Gives the session back: a failed one as ended, since its states cannot be trusted."""
+        self.ended = True
         self.session.ended |= error is not None
         self.session.used = time.monotonic()
         self.session.busy = False  # before the client hears of it, who may go on at once
@@ -155,11 +157,13 @@ class Batcher:
                     request.end("the session was ended")
                 elif request.cancelled:
                     request.end()
-            turn = [request for request in turn if request.session.busy]
-            # Texts apart from single tokens, which would be padded to their length.
-            for texts in (False, True):
-                self._step([r for r in turn if (len(r.session.unread) > 1) == texts])
-            waiting.extend(request for request in turn if request.session.busy)
+            # An ended request's session may be in another one already: it is not looked at again.
+            turn = [request for request in turn if not request.ended]
+            # Single tokens apart from texts, to whose length they would be padded.
+            texts = [request for request in turn if len(request.session.unread) > 1]
+            self._step([request for request in turn if request not in texts])
+            self._step(texts)
+            waiting.extend(request for request in turn if not request.ended)
 
     def _step(self, requests):
         if not requests:

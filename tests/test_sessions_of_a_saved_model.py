@@ -1,0 +1,190 @@
+"""Many sessions share one SavedModel, from several threads: none notices another."""
+
+from concurrent.futures import ThreadPoolExecutor
+import threading
+
+from backends import relative_error
+import keras
+import numpy as np
+import pytest
+from scripts import run_python
+
+import keras_hla
+
+VOCABULARY = 40
+SESSIONS = 64
+STEPS = 2000
+THREADS = 4
+MAX_BATCH = 12
+MAX_PIECE = 9
+
+
+@pytest.fixture(scope="module")
+def signatures(tmp_path_factory):
+    """Those of a small language model of several operators, which this backend writes."""
+    import tensorflow as tf
+
+    folder = tmp_path_factory.mktemp("sessions")
+    keras.utils.set_random_seed(0)
+    tokens = keras.Input((None,), dtype="int32", name="tokens")
+    h = keras.layers.Embedding(VOCABULARY, 16)(tokens)
+    for operator, decay in (("hla2", None), ("ahla", "input"), ("hla3", "learned")):
+        layer = keras_hla.layers.HLA(2, 8, operator=operator, decay=decay)
+        h = h + layer(keras.layers.RMSNormalization()(h))
+    model = keras.Model(tokens, keras.layers.Dense(VOCABULARY, name="logits")(h))
+    if keras.config.backend() == "torch":  # which writes no SavedModel: TensorFlow does it
+        model.save(folder / "model.keras")
+        run_python("-m", "keras_hla.export", folder / "model.keras", folder / "saved_model")
+    else:
+        keras_hla.export_saved_model(model, folder / "saved_model")
+    loaded = tf.saved_model.load(str(folder / "saved_model"))
+    yield loaded.signatures
+    del loaded  # only now: the signatures do not keep it alive
+
+
+def call(function, **inputs):
+    import tensorflow as tf
+
+    return {
+        k: x.numpy() for k, x in function(**{k: tf.constant(x) for k, x in inputs.items()}).items()
+    }
+
+
+def initial_state(signatures, batch_size=1):
+    return call(signatures["initial_state"], batch_size=np.int32(batch_size))
+
+
+class Session:
+    """A sequence, what is read of it, the states after that and the logits of it."""
+
+    def __init__(self, tokens, states):
+        self.tokens = tokens
+        self.states = states
+        self.read = 0
+        self.logits = []
+
+    def take(self, logits, states):
+        self.logits.append(logits)
+        self.states = states
+        self.read += len(logits)
+
+
+def step(signatures, sessions, lengths):
+    """Reads the next piece of each session, of different lengths, in one batch."""
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    tokens = np.zeros(mask.shape, "int32")
+    for row, s, length in zip(tokens, sessions, lengths, strict=True):
+        row[:length] = s.tokens[s.read : s.read + length]
+    states = {k: np.concatenate([s.states[k] for s in sessions]) for k in sessions[0].states}
+    if mask.all():
+        outputs = call(signatures["step"], tokens=tokens, **states)
+    else:
+        outputs = call(signatures["step_masked"], tokens=tokens, mask=mask, **states)
+    logits = outputs.pop("logits")
+    for i, (session, length) in enumerate(zip(sessions, lengths, strict=True)):
+        session.take(logits[i, :length], {k: x[i : i + 1] for k, x in outputs.items()})
+
+
+def alone(signatures, tokens):
+    states = initial_state(signatures)
+    return call(signatures["step"], tokens=tokens[None], **states)["logits"][0]
+
+
+def test_interleaved_sessions(signatures):
+    rng = np.random.default_rng(0)
+    mean = STEPS * (MAX_BATCH + 1) / 2 * (MAX_PIECE + 1) / 2 / SESSIONS
+    everyone = [
+        Session(
+            rng.integers(0, VOCABULARY, round(mean * share)).astype("int32"),
+            initial_state(signatures),
+        )
+        for share in np.linspace(0.1, 1.9, SESSIONS)
+    ]
+    idle, lock = list(everyone), threading.Lock()
+    count = 0
+
+    def draw():
+        """Sessions for a step, each with the length of its next piece."""
+        nonlocal count
+        with lock:
+            chosen = []
+            if count < STEPS:
+                rng.shuffle(idle)
+                for _ in range(min(rng.integers(1, MAX_BATCH + 1), len(idle))):
+                    chosen.append(idle.pop())
+                count += bool(chosen)
+            same = rng.integers(3) == 0  # so that the step without mask has its turn
+            lengths = rng.integers(1, MAX_PIECE + 1, 1 if same else len(chosen))
+            left = [len(s.tokens) - s.read for s in chosen]
+            return chosen, np.minimum(np.broadcast_to(lengths, len(chosen)), left)
+
+    def work():
+        while True:
+            chosen, lengths = draw()
+            if not chosen:
+                return
+            step(signatures, chosen, lengths)
+            with lock:
+                idle.extend(s for s in chosen if s.read < len(s.tokens))
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for worker in [pool.submit(work) for _ in range(THREADS)]:
+            worker.result()
+    assert count >= STEPS * 0.9
+    assert sum(s.read == len(s.tokens) for s in everyone) >= SESSIONS / 3
+    for session in everyone:
+        assert session.read > 0
+        expected = alone(signatures, session.tokens[: session.read])
+        assert relative_error(np.concatenate(session.logits), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["step", "step_masked"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_spoilt_states_spoil_their_own_row(signatures, rng, name, value):
+    tokens = rng.integers(0, VOCABULARY, (5, 30)).astype("int32")
+    states = initial_state(signatures, 5)
+    for x in states.values():
+        x[2] = value
+    more = {"mask": np.ones(tokens.shape, "bool")} if name == "step_masked" else {}
+    outputs = call(signatures[name], tokens=tokens, **more, **states)
+    assert not np.isfinite(outputs["logits"][2]).all()
+    for i in (0, 1, 3, 4):
+        assert relative_error(outputs["logits"][i], alone(signatures, tokens[i])) <= 1e-5
+        assert all(np.isfinite(outputs[k][i]).all() for k in states)
+
+
+def another_shape(states):
+    return {k: np.zeros((*x.shape[:-1], x.shape[-1] + 1), "float32") for k, x in states.items()}
+
+
+def another_batch(states):
+    return {k: np.zeros((3, *x.shape[1:]), "float32") for k, x in states.items()}
+
+
+def another_model(states):
+    return {f"other_{k}": x for k, x in states.items()}
+
+
+def one_missing(states):
+    return dict(list(states.items())[1:])
+
+
+def another_dtype(states):
+    return {k: x.astype("float64") for k, x in states.items()}
+
+
+@pytest.mark.parametrize(
+    "wrong", [another_shape, another_batch, another_model, one_missing, another_dtype]
+)
+def test_refuses_wrong_states(signatures, rng, wrong):
+    import tensorflow as tf
+
+    tokens = rng.integers(0, VOCABULARY, (1, 20)).astype("int32")
+    expected = alone(signatures, tokens[0])
+    with pytest.raises((TypeError, ValueError, tf.errors.InvalidArgumentError)):
+        call(
+            signatures["step"],
+            tokens=np.repeat(tokens, 2, 0),
+            **wrong(initial_state(signatures, 2)),
+        )
+    np.testing.assert_array_equal(alone(signatures, tokens[0]), expected)
