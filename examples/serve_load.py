@@ -149,6 +149,7 @@ async def measure(server, arguments):
         for pair in wishes:
             key = await start(client)
             expected.append([await write(client, key, wish) for wish in pair])
+            await send(client, "DELETE", f"/sessions/{key}")
         rate = sum(len(text) for pair in expected for text in pair) / (time.perf_counter() - begin)
         print(f"One client alone: {rate:.0f} characters/s", flush=True)
 

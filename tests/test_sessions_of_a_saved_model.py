@@ -15,8 +15,10 @@ VOCABULARY = 40
 SESSIONS = 64
 STEPS = 2000
 THREADS = 4
-MAX_BATCH = 12
-MAX_PIECE = 9
+# Of few shapes, since what JAX wrote is compiled again for each.
+BATCHES = (1, 4, 12)
+WIDTHS = (1, 8)
+MEAN_LENGTH = 550
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +71,9 @@ class Session:
         self.read += len(logits)
 
 
-def step(signatures, sessions, lengths):
-    """Reads the next piece of each session, of different lengths, in one batch."""
-    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+def step(signatures, sessions, lengths, width):
+    """Reads the next piece of each session, of lengths up to `width`, in one batch."""
+    mask = np.arange(width) < np.array(lengths)[:, None]
     tokens = np.zeros(mask.shape, "int32")
     for row, s, length in zip(tokens, sessions, lengths, strict=True):
         row[:length] = s.tokens[s.read : s.read + length]
@@ -85,17 +87,18 @@ def step(signatures, sessions, lengths):
         session.take(logits[i, :length], {k: x[i : i + 1] for k, x in outputs.items()})
 
 
-def alone(signatures, tokens):
-    states = initial_state(signatures)
-    return call(signatures["step"], tokens=tokens[None], **states)["logits"][0]
+def alone(signatures, tokens, width=None):
+    """The logits of a sequence in one piece, which is padded if there is a width."""
+    session = Session(tokens, initial_state(signatures))
+    step(signatures, [session], [len(tokens)], width or len(tokens))
+    return session.logits[0]
 
 
 def test_interleaved_sessions(signatures):
     rng = np.random.default_rng(0)
-    mean = STEPS * (MAX_BATCH + 1) / 2 * (MAX_PIECE + 1) / 2 / SESSIONS
     everyone = [
         Session(
-            rng.integers(0, VOCABULARY, round(mean * share)).astype("int32"),
+            rng.integers(0, VOCABULARY, round(MEAN_LENGTH * share)).astype("int32"),
             initial_state(signatures),
         )
         for share in np.linspace(0.1, 1.9, SESSIONS)
@@ -104,26 +107,26 @@ def test_interleaved_sessions(signatures):
     count = 0
 
     def draw():
-        """Sessions for a step, each with the length of its next piece."""
+        """Sessions for a step, the length of each one's next piece, and the longest to expect."""
         nonlocal count
         with lock:
-            chosen = []
-            if count < STEPS:
-                rng.shuffle(idle)
-                chosen = idle[: rng.integers(1, MAX_BATCH + 1)]
-                del idle[: len(chosen)]
-                count += bool(chosen)
-            same = rng.integers(3) == 0  # so that the step without mask has its turn
-            lengths = rng.integers(1, MAX_PIECE + 1, 1 if same else len(chosen))
+            rng.shuffle(idle)
+            fitting = [size for size in BATCHES if size <= len(idle) and count < STEPS]
+            chosen = idle[: rng.choice(fitting or [0])]
+            del idle[: len(chosen)]
+            count += bool(chosen)
+            width = rng.choice(WIDTHS)
+            lowest = rng.choice((1, width))  # all of one length are read without mask
+            lengths = rng.integers(lowest, width + 1, len(chosen))
             left = [len(s.tokens) - s.read for s in chosen]
-            return chosen, np.minimum(np.broadcast_to(lengths, len(chosen)), left)
+            return chosen, np.minimum(lengths, left), width
 
     def work():
         while True:
-            chosen, lengths = draw()
+            chosen, lengths, width = draw()
             if not chosen:
                 return
-            step(signatures, chosen, lengths)
+            step(signatures, chosen, lengths, width)
             with lock:
                 idle.extend(s for s in chosen if s.read < len(s.tokens))
 
@@ -134,7 +137,7 @@ def test_interleaved_sessions(signatures):
     assert sum(s.read == len(s.tokens) for s in everyone) >= SESSIONS / 3
     for session in everyone:
         assert session.read > 0
-        expected = alone(signatures, session.tokens[: session.read])
+        expected = alone(signatures, session.tokens[: session.read], 2 * MEAN_LENGTH)
         assert relative_error(np.concatenate(session.logits), expected) <= 1e-5
 
 
