@@ -7,6 +7,14 @@ from keras import ops
 DEFAULT_CHUNK_SIZE = 128 if keras.config.backend() == "tensorflow" else 64
 
 
+def size_at_run_time(length, largest):
+    """The size of pieces, at most `largest`, of a length that is unknown at trace time."""
+    if keras.config.backend() == "tensorflow":
+        # Or a single token would cost as much as a chunk.
+        return ops.clip(length, 1, largest)
+    return largest  # JAX cannot divide by a symbolic size.
+
+
 def cumulative_sum(x):
     """The sums along the last axis, in the dtype of `x`."""
     if keras.config.backend() == "torch":  # where `keras.ops.cumsum` makes float32 of float64

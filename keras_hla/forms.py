@@ -10,7 +10,7 @@ forms without states, `matrix` and `unordered`, take and return `None`.
 
 from keras import ops
 
-from keras_hla.backend import DEFAULT_CHUNK_SIZE, scan_serially
+from keras_hla.backend import DEFAULT_CHUNK_SIZE, scan_serially, size_at_run_time
 from keras_hla.layout import group
 from keras_hla.scan import (
     ChunkedScan,
@@ -108,7 +108,7 @@ def _zero_state(operator, query, value, log_decay):
 
 def _balanced_chunk_size(length, largest):
     """At most `largest`; less where that fills the last chunk better."""
-    if not isinstance(length, int):  # unknown at trace time
-        return largest
+    if not isinstance(length, int):
+        return size_at_run_time(length, largest)
     chunks = max(1, -(-length // largest))
     return max(1, -(-length // chunks))

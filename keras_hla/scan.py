@@ -17,7 +17,7 @@ import math
 import keras
 from keras import ops
 
-from keras_hla.backend import cumulative_sum
+from keras_hla.backend import cumulative_sum, size_at_run_time
 
 # Up to this many states are scanned in one product, more in groups.
 _DIRECT = 32
@@ -190,7 +190,7 @@ def _scan(sums, log_decay, state=None):
     return _scan_in_groups(sums, log_decay, state)
 
 
-def _scan_directly(sums, log_decay, state):
+def _scan_directly(sums, log_decay, state=None):
     """`_scan` as one product with an `n + 1` x `n` triangular matrix."""
     if log_decay is None:
         n = ops.shape(sums)[-2]
@@ -206,15 +206,16 @@ def _scan_directly(sums, log_decay, state):
 def _scan_in_groups(sums, log_decay, state):
     """`_scan` in two levels: within groups from zero, then over the groups."""
     n = ops.shape(sums)[-2]
-    size = _group_size(n) if isinstance(n, int) else _GROUP
+    size = _group_size(n) if isinstance(n, int) else size_at_run_time(n, _GROUP)
     log_group = None
     sums = split_axis(sums, size, axis=-2)
     if log_decay is not None:
         log_decay = split_axis(log_decay, size, axis=-1)
         log_group = _clip(ops.sum(log_decay, axis=-1))
-    entering, group_sums = _scan(sums, log_decay)
-    scan_groups = _scan if isinstance(n, int) else _scan_directly
-    entering_group, last = scan_groups(group_sums, log_group, state)
+    # With a number that is unknown at trace time there is no telling how deep to go.
+    scan = _scan if isinstance(n, int) else _scan_directly
+    entering, group_sums = scan(sums, log_decay)
+    entering_group, last = scan(group_sums, log_group, state)
     entering_group = entering_group[..., None, :]
     if log_decay is not None:
         so_far = cumulative_sum(log_decay) - log_decay
