@@ -31,13 +31,18 @@ def pytest_configure(config):
     import torch  # noqa: F401  # Before TensorFlow: in the other order torch may crash on import.
 
 
-# What is the same on every backend: the definitions, which are torch, and a server without Keras.
-ONCE = {"test_definitions.py": "torch", "test_serve.py": "tensorflow"}
+# What is the same on other backends: the definitions, which are torch; a server without Keras; and
+# SavedModels in use, which TensorFlow and JAX make.
+ONLY = {
+    "test_definitions.py": ("torch",),
+    "test_serve.py": ("tensorflow",),
+    "test_sessions_of_a_saved_model.py": ("tensorflow", "jax"),
+}
 
 
 def pytest_ignore_collect(collection_path, config):
     backend = config.getoption("--backend")
-    return True if ONCE.get(collection_path.name, backend) != backend else None
+    return True if backend not in ONLY.get(collection_path.name, BACKENDS) else None
 
 
 def pytest_report_header(config):

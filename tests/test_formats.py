@@ -17,7 +17,11 @@ EVERY_OPTION = {
 }
 # The operator, the length that the file is for, and those of the pieces. Exporting takes seconds:
 # the other backends, where a process of its own does it, take the first of each.
-ONNX_STEPS = [("hla3", None, (1, 7, 64, 1)), ("ahla", 7, (7, 7))]
+ONNX_STEPS = [
+    ("hla3", EVERY_OPTION, None, (1, 7, 64, 1)),
+    ("ahla", EVERY_OPTION, 7, (7, 7)),
+    ("hla2", {}, None, (1, 7, 64)),  # nothing is between the projections and the heads
+]
 LITERT_STEPS = [("hla2", 7), ("ahla", 1), ("hla3", 64)]
 WHOLE = [("out.onnx", None, (1, 7, 65, 300)), ("out.tflite", 64, (64,))]
 if keras.config.backend() != "tensorflow":
@@ -69,17 +73,11 @@ def check_pieces(model, path, lengths, new):
     assert relative_error(np.concatenate(pieces, axis=1), model(tokens)) <= 1e-5
 
 
-@pytest.mark.parametrize(("operator", "length", "pieces"), ONNX_STEPS)
-def test_onnx_in_pieces(tmp_path, operator, length, pieces):
-    model = make(operator)
+@pytest.mark.parametrize(("operator", "options", "length", "pieces"), ONNX_STEPS)
+def test_onnx_in_pieces(tmp_path, operator, options, length, pieces):
+    model = make(operator, options)
     export(model, tmp_path / "out.onnx", step=True, length=length)
     check_pieces(model, tmp_path / "out.onnx", pieces, new="next_{}".format)
-
-
-def test_onnx_of_the_default_layer(tmp_path):
-    model = make("hla2", {})  # where nothing is between the projections and the heads
-    export(model, tmp_path / "out.onnx", step=True)
-    check_pieces(model, tmp_path / "out.onnx", (1, 7, 64), new="next_{}".format)
 
 
 @pytest.mark.parametrize(("operator", "length"), LITERT_STEPS)
