@@ -168,3 +168,21 @@ def export_options(specs, sequences):
             "native_serialization_platforms": ("cpu", "cuda"),
         }
     }
+
+
+def check_batch_sizes(inputs):
+    """Has an exported function refuse inputs of different batch sizes.
+
+    TensorFlow would repeat what has a batch size of 1; JAX checks by itself.
+
+    Args:
+        inputs: dictionary of tensors, whose batch sizes are known when the function runs.
+    """
+    if keras.config.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    (first, x), *others = inputs.items()
+    for name, other in others:
+        message = f"Input '{name}' must have the batch size of '{first}'."
+        tf.debugging.assert_equal(tf.shape(other)[0], tf.shape(x)[0], message)

@@ -164,6 +164,10 @@ def another_batch(states):
     return {k: np.zeros((3, *x.shape[1:]), "float32") for k, x in states.items()}
 
 
+def one_session_for_two(states):
+    return {k: np.zeros((1, *x.shape[1:]), "float32") for k, x in states.items()}
+
+
 def another_model(states):
     return {f"other_{k}": x for k, x in states.items()}
 
@@ -177,7 +181,15 @@ def another_dtype(states):
 
 
 @pytest.mark.parametrize(
-    "wrong", [another_shape, another_batch, another_model, one_missing, another_dtype]
+    "wrong",
+    [
+        another_shape,
+        another_batch,
+        one_session_for_two,
+        another_model,
+        one_missing,
+        another_dtype,
+    ],
 )
 def test_refuses_wrong_states(signatures, rng, wrong):
     import tensorflow as tf

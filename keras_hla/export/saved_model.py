@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_hla.backend import export_options
+from keras_hla.backend import check_batch_sizes, export_options
 from keras_hla.export.session import Session
 from keras_hla.streaming import streaming_model
 from keras_hla.streaming.model_call import ModelCall
@@ -66,8 +66,12 @@ def export_saved_model(model, path, stateful=False):
             key: keras.InputSpec(shape=(batch, *x.shape[1:]), dtype=x.dtype, name=key)
             for key, x in inputs.items()
         }
-        options = export_options(specs, sequences)
-        archive.add_endpoint(name, lambda x: _widen(function(x)), [specs], **options)
+
+        def endpoint(inputs):
+            check_batch_sizes(inputs)
+            return _widen(function(inputs))
+
+        archive.add_endpoint(name, endpoint, [specs], **export_options(specs, sequences))
 
     def answer(inputs):
         return whole(inputs, mask=inputs.get("mask"))[0]
