@@ -31,10 +31,12 @@ def pytest_configure(config):
     import torch  # noqa: F401  # Before TensorFlow: in the other order torch may crash on import.
 
 
-# What is the same on other backends: the definitions, which are torch; a server without Keras; and
-# SavedModels in use, which TensorFlow and JAX make.
+# What is the same on other backends: the definitions, which are torch; a server without Keras;
+# SavedModels in use, which TensorFlow and JAX make; and files that TensorFlow alone makes.
 ONLY = {
     "test_definitions.py": ("torch",),
+    "test_formats.py": ("tensorflow",),
+    "test_formats_elsewhere.py": ("jax", "torch"),
     "test_serve.py": ("tensorflow",),
     "test_sessions_of_a_saved_model.py": ("tensorflow", "jax"),
 }

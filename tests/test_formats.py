@@ -4,7 +4,6 @@ from backends import relative_error
 import keras
 import numpy as np
 import pytest
-from scripts import run_python
 
 import keras_hla
 
@@ -15,8 +14,7 @@ EVERY_OPTION = {
     "qk_norm": True,
     "output_gate": "silu",
 }
-# The operator, the length that the file is for, and those of the pieces. Exporting takes seconds:
-# the other backends, where a process of its own does it, take the first of each.
+# The operator, its options, the length that the file is for, and those of the pieces.
 ONNX_STEPS = [
     ("hla3", EVERY_OPTION, None, (1, 7, 64, 1)),
     ("ahla", EVERY_OPTION, 7, (7, 7)),
@@ -24,8 +22,6 @@ ONNX_STEPS = [
 ]
 LITERT_STEPS = [("hla2", 7), ("ahla", 1), ("hla3", 64)]
 WHOLE = [("out.onnx", None, (1, 7, 65, 300)), ("out.tflite", 64, (64,))]
-if keras.config.backend() != "tensorflow":
-    del ONNX_STEPS[1:], LITERT_STEPS[1:], WHOLE[:1]
 
 
 def make(operator, options=EVERY_OPTION):
@@ -36,14 +32,8 @@ def make(operator, options=EVERY_OPTION):
 
 
 def export(model, path, step=False, length=None):
-    """Exports under TensorFlow, with a process of its own where that is not the backend."""
-    if keras.config.backend() == "tensorflow":
-        write = keras_hla.export_onnx if path.suffix == ".onnx" else keras_hla.export_litert
-        write(model, path, step=step, length=length)
-        return
-    model.save(path.with_suffix(".keras"))
-    options = ["--step"] * step + ([] if length is None else ["--length", length])
-    run_python("-m", "keras_hla.export", path.with_suffix(".keras"), path, *options)
+    write = keras_hla.export_onnx if path.suffix == ".onnx" else keras_hla.export_litert
+    write(model, path, step=step, length=length)
 
 
 def load(path):
@@ -102,11 +92,6 @@ def test_whole_sequences(tmp_path, rng, file, length, lengths):
 
 def test_what_is_not_exact_is_refused(tmp_path):
     model = make("hla2")
-    if keras.config.backend() != "tensorflow":
-        for write in (keras_hla.export_onnx, keras_hla.export_litert):
-            with pytest.raises(RuntimeError, match=r"python -m keras_hla\.export model\.keras out"):
-                write(model, "out", length=1)
-        return
     for length in (None, 129):
         with pytest.raises(ValueError, match="from 1 to 128"):
             keras_hla.export_litert(model, tmp_path / "out.tflite", length=length)

@@ -31,12 +31,12 @@ def prompts():
 
 def test_greedy_is_the_naive_forward(model, prompts):
     written = generate(model, prompts, 20, temperature=0, tokens_per_call=8)
+    assert len({*np.concatenate(written)}) > 4  # not one token for ever
     for prompt, new in zip(prompts, written, strict=True):
         assert new.shape == (20,)
         row = np.concatenate([prompt, new])[None].astype("int32")
         likeliest = np.argmax(model.predict_on_batch(row)[0], axis=-1)
         np.testing.assert_array_equal(new, likeliest[len(prompt) - 1 : -1])
-        assert len(set(new)) > 3
 
 
 def test_long_prompts_are_read_in_pieces(model):
