@@ -86,10 +86,8 @@ def export_saved_model(model, path, stateful=False):
     else:
         mask = {"mask": keras.KerasTensor((None, None), "bool")}
         add("serving_masked", answer, inputs | mask)
-        # Not through the functional model, so that one model serves both.
-        step = stream.get_layer("stream").call
-        add("step", step, stream.input)
-        add("step_masked", step, stream.input | mask)
+        add("step", stream.step, stream.input)
+        add("step_masked", stream.step, stream.input | mask)
         archive.add_endpoint("initial_state", _initial_state(stream))
     archive.write_out(str(path), verbose=False)
 

@@ -33,8 +33,7 @@ def tensorflow_function(model, step, length, rename=str):
     import tensorflow as tf
 
     stream, whole = streaming_model(model), ModelCall(model)
-    # Not through the functional models, which ask for inputs of the lengths they were made with.
-    call = stream.get_layer("stream").call if step else lambda inputs: whole(inputs)[0]
+    call = stream.step if step else lambda inputs: whole(inputs)[0]
     # LiteRT would read its own variables, which nothing sets, so that weights are constants.
     call = stateless(call, model.variables)
     weights = [v.numpy() for v in model.variables]

@@ -230,7 +230,7 @@ class _Writer:
 
     def _read_piece(self, tokens, mask, states):
         inputs = {self._tokens_name: tokens, "mask": mask} | states
-        outputs = self._stream.get_layer("stream").call(inputs)
+        outputs = self._stream.step(inputs)
         logits = outputs.pop(self._logits_name)
         return ops.cast(logits[:, -1], "float32"), outputs
 

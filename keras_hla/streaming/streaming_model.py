@@ -35,6 +35,17 @@ class StreamingModel(keras.Model):
             check_shape(f"inputs['{name}']", x, expected[name].shape)
         return inputs
 
+    def step(self, inputs):
+        """Calls without checks, for what is traced: pieces of any length, with `"mask"` or without.
+
+        Args:
+            inputs: dictionary of tensors, as in a call.
+
+        Returns:
+            The dictionary of outputs and states after the piece.
+        """
+        return self.get_layer("stream").call(inputs)
+
     @property
     def state_names(self):
         """The names of the states, which are keys of the inputs and of the outputs."""
