@@ -106,8 +106,10 @@ def _first_that_mixes(model):
 
 def _streams(model, operation):
     try:
-        return _try(keras.Model(model.input, operation.output))[1]
-    except AttributeError:  # An operation with several outputs has not failed the first time.
+        output = operation.output
+    except AttributeError:  # It is called more than once, so Keras does not say which is meant.
         return True
-    except Exception:
+    try:
+        return _try(keras.Model(model.input, output))[1]
+    except Exception:  # Whatever a layer raises for a piece, it has not given the whole's outputs.
         return False
