@@ -7,7 +7,6 @@ from backends import relative_error
 import keras
 import numpy as np
 import pytest
-from scripts import run_python
 
 import keras_hla
 
@@ -34,11 +33,7 @@ def signatures(tmp_path_factory):
         layer = keras_hla.layers.HLA(2, 8, operator=operator, decay=decay)
         h = h + layer(keras.layers.RMSNormalization()(h))
     model = keras.Model(tokens, keras.layers.Dense(VOCABULARY, name="logits")(h))
-    if keras.config.backend() == "torch":  # which writes no SavedModel: TensorFlow does it
-        model.save(folder / "model.keras")
-        run_python("-m", "keras_hla.export", folder / "model.keras", folder / "saved_model")
-    else:
-        keras_hla.export_saved_model(model, folder / "saved_model")
+    keras_hla.export_saved_model(model, folder / "saved_model")
     loaded = tf.saved_model.load(str(folder / "saved_model"))
     yield loaded.signatures
     del loaded  # only now: the signatures do not keep it alive
