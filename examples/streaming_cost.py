@@ -34,7 +34,7 @@ from measure import resident_memory  # noqa: E402
 import numpy as np  # noqa: E402
 
 import keras_hla  # noqa: E402
-from keras_hla.backend import compiled, scan_serially  # noqa: E402
+from keras_hla.backend import compiled, compiled_scan  # noqa: E402
 
 VOCABULARY, WIDTH, HEADS, HIDDEN, BLOCKS = 256, 256, 4, 512, 2
 CALL = 32  # tokens per call of a compiled loop
@@ -62,16 +62,22 @@ class CachedAttention(layers.Layer):
             dense.build((None, HIDDEN if name == "down" else WIDTH))
 
     def call(self, x, cache, position):
-        """Tensor `(1, width)`, cache `(2, context, heads, dim)`; the same, with the token in it."""
+        """Tensor `(1, width)`, cache `(2, heads, context, dim)`; the same, with the token in it."""
         q, k, v = ops.split(self.dense["qkv"](self.norms[0](x)), 3, axis=-1)
-        q, k, v = (ops.reshape(y, (HEADS, WIDTH // HEADS)) for y in (q, k, v))
-        cache = ops.slice_update(cache, (0, position, 0, 0), ops.stack([k, v])[:, None])
-        scores = ops.einsum("hd,chd->hc", q, cache[0]) * (WIDTH // HEADS) ** -0.5
-        scores = ops.where(ops.arange(cache.shape[1]) <= position, scores, -1e9)
-        read = ops.einsum("hc,chd->hd", ops.softmax(scores), cache[1])
+        q, k, v = (ops.reshape(y, (HEADS, 1, WIDTH // HEADS)) for y in (q, k, v))
+        cache = write(cache, position, ops.stack([k, v]))
+        scores = q @ ops.swapaxes(cache[0], 1, 2) * (WIDTH // HEADS) ** -0.5
+        scores = ops.where(ops.arange(cache.shape[2]) <= position, scores, -1e9)
+        read = ops.softmax(scores) @ cache[1]
         x = x + self.dense["out"](ops.reshape(read, (1, WIDTH)))
         y = self.norms[1](x)
         return x + self.dense["down"](ops.silu(self.dense["gate"](y)) * self.dense["up"](y)), cache
+
+
+def write(cache, position, token):
+    if arguments.backend == "torch":  # in place, as XLA does by itself
+        return cache.index_copy_(2, ops.cast(position[None], "int64"), token)
+    return ops.slice_update(cache, (0, 0, position, 0), token)
 
 
 def median_time(function, repeats=REPEATS):
@@ -115,24 +121,22 @@ def cache_time(context):
     for block in blocks:
         block.build(None)
 
-    def draw(token, caches, positions):
-        def step(state, entries):
-            token, *caches = state
-            x, new = embedding(token), []
-            for block, cache in zip(blocks, caches, strict=True):
-                x, updated = block.call(x, cache, entries[0])
-                new.append(updated)
-            token = ops.cast(ops.argmax(head(x), axis=-1), "int32")
-            return token, (token, *new)
-
-        return scan_serially(step, (token, *caches), (positions,), "int32")[0]
+    def step(state, entries):
+        token, *caches = state
+        x, new = embedding(token), []
+        for block, cache in zip(blocks, caches, strict=True):
+            x, updated = block.call(x, cache, entries[0])
+            new.append(updated)
+        token = ops.cast(ops.argmax(head(x), axis=-1), "int32")
+        return token, (token, *new)
 
     variables = [v for layer in (embedding, head, *blocks) for v in layer.variables]
-    draw = compiled(draw, variables, loop=True)
-    caches = [ops.zeros((2, context, HEADS, WIDTH // HEADS)) for _ in blocks]
+    draw = compiled_scan(step, variables, "int32")
+    caches = [ops.zeros((2, HEADS, context, WIDTH // HEADS)) for _ in blocks]
     positions = ops.arange(context - CALL, context)
     token = ops.zeros((1,), "int32")
-    return median_time(lambda: ops.convert_to_numpy(draw(token, caches, positions))) / CALL
+    state = (token, *caches)
+    return median_time(lambda: ops.convert_to_numpy(draw(state, (positions,))[0])) / CALL
 
 
 def stream(count, block=1000):
@@ -140,29 +144,28 @@ def stream(count, block=1000):
     heads, dim = 2, 16
     rng = np.random.default_rng(0)
 
-    def read(q, k, v, state):
-        return keras_hla.ops.higher_order_attention(
-            q, k, v, form="recurrent", log_decay=-0.01, initial_state=state, return_state=True
-        )
+    def step(state, token):
+        output, state = keras_hla.ops.attention_step(*token, list(state), log_decay=-0.01)
+        return output, tuple(state)
 
-    read = compiled(read, [], loop=True)
-    state = [ops.zeros((1, heads, dim, dim)) for _ in range(2)]
+    read = compiled_scan(step, [])
+    state = (ops.zeros((1, heads, dim, dim)),) * 2
     S, F = np.zeros((2, heads, dim, dim))
     decay, blocks, worst = np.exp(-0.01), -(-count // block), 0.0
     seconds = []
     shown = {max(2, blocks * share // 100) for share in (0, 10, 50, 100)}
     for n in range(blocks):
-        arrays = rng.standard_normal((3, 1, block, heads, dim)).astype("float32") / dim**0.5
+        arrays = rng.standard_normal((3, block, 1, heads, dim)).astype("float32") / dim**0.5
         begin = time.perf_counter()
-        outputs, state = read(*map(ops.convert_to_tensor, arrays), state)
+        outputs, state = read(state, tuple(map(ops.convert_to_tensor, arrays)))
         outputs = ops.convert_to_numpy(outputs)
         seconds.append(time.perf_counter() - begin)
         exact = np.empty((block, heads, dim))
-        for t, (q, k, v) in enumerate(np.moveaxis(arrays[:, 0], 1, 0).astype("float64")):
+        for t, (q, k, v) in enumerate(zip(*arrays[:, :, 0].astype("float64"), strict=True)):
             S = decay * S + k[:, :, None] * k[:, None]
             F = decay**2 * F + (S @ q[..., None]) * v[:, None]
             exact[t] = (q[:, None] @ F)[:, 0]
-        difference = np.sqrt(np.mean((outputs[0] - exact) ** 2) / np.mean(exact**2))
+        difference = np.sqrt(np.mean((outputs[:, 0] - exact) ** 2) / np.mean(exact**2))
         worst = max(worst, difference)
         if n + 1 in shown:
             recent = statistics.median(seconds[max(1, n // 2) : n + 1]) / block

@@ -129,21 +129,51 @@ def stateless(function, variables):
     return with_values
 
 
-def compiled(function, variables, loop=False):
+def compiled(function, variables):
     """The function for inference, compiled anew for each combination of shapes.
 
     Args:
         function: takes and returns nests of tensors.
         variables: list of the `keras.Variable`s that it reads, whose values may change.
-        loop: whether the function is a long loop of small steps.
     """
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 
-        # XLA takes longer to compile, and makes a loop of small steps 20 times as fast.
-        return tf.function(function, autograph=False, jit_compile=loop)
+        return tf.function(function, autograph=False)
     call = stateless(function, variables)
     return lambda *inputs: call([v.value for v in variables], *inputs)
+
+
+def compiled_scan(step, variables, output_dtype=None):
+    """`scan(state, inputs)`, that is `scan_serially` of the step, for inference.
+
+    It is compiled anew for each combination of shapes. Under PyTorch the step alone is
+    traced, for a loop in Python; one that cannot be traced runs as it is, with a warning.
+
+    Args:
+        step: as in `scan_serially`.
+        variables: list of the `keras.Variable`s that it reads, whose values may change.
+        output_dtype: as in `scan_serially`.
+    """
+    if keras.config.backend() == "torch":
+        from keras_hla.torch_loop import TracedLoop
+
+        def step_of_values(values, state, entries):
+            with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
+                return step(state, entries)
+
+        loop = TracedLoop(step_of_values)
+        return lambda state, inputs: loop([v.value for v in variables], state, inputs)
+
+    def scan(state, inputs):
+        return scan_serially(step, state, inputs, output_dtype)
+
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # XLA takes longer to compile, and makes a loop of small steps 20 times as fast.
+        return tf.function(scan, autograph=False, jit_compile=True)
+    return compiled(scan, variables)
 
 
 def export_options(specs, sequences):

@@ -26,6 +26,8 @@ from keras_hla.scan import (
 def chunked(operator, query, key, value, log_decay, state, chunk_size=None):
     """The parallel form."""
     length = ops.shape(query)[-2]
+    if isinstance(length, int) and length == 1 and state is not None:
+        return step(operator, query, key, value, log_decay, state)
     scan, (query, key, value) = _cut_in_chunks((query, key, value), log_decay, chunk_size)
     state = state or (None,) * len(operator.state_names)
     output, state = operator.chain(scan, state, query, key, value)

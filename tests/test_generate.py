@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_hla import generate, generate_stream, layers
+from keras_hla import generate, generate_stream, layers, streaming_model
 from keras_hla.streaming.sampling import sample
 
 VOCABULARY = 30
@@ -92,6 +92,68 @@ def test_weights_may_change(model, prompts):
     assert not np.array_equal(before, changed)
     after = generate(model, prompts[1], 8, temperature=0, tokens_per_call=8)
     np.testing.assert_array_equal(before, after)
+
+
+def test_batch_size_may_change(model, prompts):
+    alone = [generate(model, x, 10, temperature=0, tokens_per_call=8) for x in prompts]
+    for rows in ([0, 1], [2, 0, 1], [1, 2]):
+        batch = [prompts[row] for row in rows]
+        written = generate(model, batch, 10, temperature=0, tokens_per_call=8)
+        np.testing.assert_array_equal(written, [alone[row] for row in rows])
+
+
+class Counted(keras.layers.Layer):
+    """Counts the calls in Python."""
+
+    calls = 0
+
+    def call(self, x):
+        self.calls += 1
+        return x
+
+
+def small_model(layer):
+    tokens = keras.Input((None,), dtype="int32")
+    x = layer(keras.layers.Embedding(VOCABULARY, 8)(tokens))
+    x = layers.HLA(2, 4, decay="input")(x)
+    return keras.Model(tokens, keras.layers.Dense(VOCABULARY)(x))
+
+
+def test_no_layer_is_called_for_each_token():
+    layer = Counted()
+    model = small_model(layer)
+
+    def count(tokens, **options):
+        before = layer.calls
+        generate(model, [1, 2], tokens, top_k=5, tokens_per_call=8, **options)
+        return layer.calls - before
+
+    assert count(8, temperature=0.9, top_p=0.9) > 0
+    # On what is compiled only for the prompt, if at all; whatever the numbers.
+    assert count(80, temperature=0.8, top_p=0.8) == count(8, temperature=0.7, top_p=0.7) < 8
+
+
+class Choosing(keras.layers.Layer):
+    """Does in Python what depends on what the tensor holds."""
+
+    def call(self, x):
+        return 2 * x if float(keras.ops.max(x)) > 0 else -x
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="TensorFlow and JAX refuse it")
+def test_what_torch_cannot_trace_runs_as_it_is():
+    model = small_model(Choosing())
+    with pytest.warns(UserWarning, match="cannot trace a step of the model"):
+        new = generate(model, [1, 2, 3], 8, temperature=0)
+    # A token at a time, since the layer looks at all it is given.
+    stream = streaming_model(model)
+    states = stream.initial_state(1)
+    row = [np.array([[1, 2, 3]], "int32"), *new[:, None, None].astype("int32")]
+    for token, following in zip(row, new, strict=False):
+        outputs = stream({"inputs": token, **states})
+        states = {name: outputs[name] for name in stream.state_names}
+        logits = outputs[next(name for name in outputs if name not in states)]
+        assert np.argmax(keras.ops.convert_to_numpy(logits)[0, -1]) == following
 
 
 @pytest.mark.parametrize(

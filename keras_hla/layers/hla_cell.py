@@ -8,7 +8,7 @@ from keras_hla import operators
 from keras_hla.checks import check_head_groups, check_number, check_positive_int
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
-from keras_hla.layers.rotary import rotary_embedding
+from keras_hla.layers.rotary import rotate, rotation
 from keras_hla.layers.short_convolution import ShortConvolution
 from keras_hla.layout import count_tokens
 from keras_hla.ops import attention_step
@@ -328,10 +328,8 @@ class HLACell(keras.layers.Layer):
         if self.rope_max_wavelength is not None:
             start = context["position"]
             count = _count(sequences, mask, start.dtype)
-            query, key = (
-                rotary_embedding(x, start + count - 1, self.rope_max_wavelength)
-                for x in (query, key)
-            )
+            angles = rotation(start + (count - 1), self.key_dim, self.rope_max_wavelength)
+            query, key = (rotate(x, *angles) for x in (query, key))
             context = context | {"position": start + count[:, -1:]}
         log_decay = None if self.decay is None else self.log_decay(sequences)
         if starts is not None:

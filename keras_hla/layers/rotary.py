@@ -9,25 +9,32 @@ import numpy as np
 _BLOCK = 1024
 
 
-def rotary_embedding(x, position, max_wavelength):
-    """Rotates each pair `(x_i, x_{i+dim/2})` by `position * max_wavelength ** (-2 i / dim)`.
+def rotation(position, dim, max_wavelength):
+    """What `rotate` takes: cosines and sines of `position * max_wavelength ** (-2 i / dim)`.
 
     Args:
-        x: Tensor of shape `(..., heads, dim)`, `dim` even.
         position: Tensor of shape `(...,)`, whole numbers in floating point.
+        dim: Size of a head, even.
         max_wavelength: The longest period, in tokens times `2 π`.
 
     Returns:
-        Tensor of the shape of `x`.
+        Two tensors of shape `(..., 1, dim)`, the first half of the angles being negative.
     """
-    half = x.shape[-1] // 2
+    half = dim // 2
     frequency = max_wavelength ** (-np.arange(half) / half)
     block_angle = np.mod(_BLOCK * frequency, 2 * math.pi)
+    frequency, block_angle = (np.concatenate([-x, x]) for x in (frequency, block_angle))
 
     position = position[..., None, None]
     block = ops.floor(position / _BLOCK)
     rest = position - block * _BLOCK
-    angle = block * ops.cast(block_angle, x.dtype) + rest * ops.cast(frequency, x.dtype)
-    cos, sin = ops.cos(angle), ops.sin(angle)
-    first, second = x[..., :half], x[..., half:]
-    return ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    dtype = position.dtype
+    angle = block * ops.cast(block_angle, dtype) + rest * ops.cast(frequency, dtype)
+    return ops.cos(angle), ops.sin(angle)
+
+
+def rotate(x, cos, sin):
+    """Rotates each pair `(x_i, x_{i+dim/2})` of a tensor `(..., heads, dim)` by its angle."""
+    half = x.shape[-1] // 2
+    swapped = ops.concatenate([x[..., half:], x[..., :half]], axis=-1)
+    return x * cos + swapped * sin

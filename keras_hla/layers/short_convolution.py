@@ -44,6 +44,10 @@ class ShortConvolution(keras.layers.Layer):
         """
         tokens = inputs if mask is None else compact(inputs, mask)
         row = ops.concatenate([window, tokens], axis=1)
+        length = inputs.shape[1]
+        if isinstance(length, int) and length == 1 and mask is None and starts is None:
+            output = ops.sum(self.kernel * row, axis=1, keepdims=True)
+            return self._activated(output), row[:, 1:]
         taps = self._shifted(row)
         window = self._end(row, mask)
         if starts is not None:
@@ -51,7 +55,10 @@ class ShortConvolution(keras.layers.Layer):
         output = sum(self.kernel[i] * tap for i, tap in enumerate(taps))
         if mask is not None:
             output = take(output, ops.maximum(count_tokens(mask) - 1, 0))
-        return output if self.activation is None else self.activation(output), window
+        return self._activated(output), window
+
+    def _activated(self, output):
+        return output if self.activation is None else self.activation(output)
 
     def _within_segments(self, taps, window, mask, starts):
         """Puts zero where the window or a token's taps reach into another segment."""

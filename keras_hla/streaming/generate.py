@@ -4,7 +4,7 @@ import keras
 from keras import ops
 import numpy as np
 
-from keras_hla.backend import compiled, scan_serially
+from keras_hla.backend import compiled, compiled_scan
 from keras_hla.checks import check_number, check_positive_int
 from keras_hla.streaming.model_call import ModelCall
 from keras_hla.streaming.sampling import sample
@@ -192,13 +192,16 @@ class _Writer:
         generators = np.random.default_rng(seed).spawn(len(prompts))
         logits, states = self._read_prompts(prompts)
         live = np.ones(len(prompts), bool)
+        names = self._stream.state_names
+        state = (logits, *(states[name] for name in names))
         draw = self._loop(top_k, len(prompts))
         for begin in range(0, max_new_tokens, tokens_per_call):
-            uniform = np.stack([g.random(tokens_per_call, "float32") for g in generators], axis=1)
-            tokens, logits, states, valid = draw(
-                logits, states, *map(ops.convert_to_tensor, (uniform, temperature, top_p))
-            )
-            tokens = ops.convert_to_numpy(tokens)[:, : max_new_tokens - begin]
+            uniform = np.stack([g.random(tokens_per_call, "float32") for g in generators])
+            options = (np.full(tokens_per_call, x, "float32") for x in (temperature, top_p))
+            inputs = tuple(map(ops.convert_to_tensor, (uniform.T, *options)))
+            tokens, state = draw(state, inputs)
+            valid = ops.logical_not(ops.any(ops.isnan(state[0]), axis=-1))
+            tokens = ops.convert_to_numpy(tokens).T[:, : max_new_tokens - begin]
             if not np.all(ops.convert_to_numpy(valid) | ~live):
                 raise ValueError("The model gave logits that are NaN.")
             piece = []
@@ -236,23 +239,17 @@ class _Writer:
 
     def _loop(self, top_k, batch_size):
         """The compiled function that draws tokens, one after the other."""
+        names = self._stream.state_names
 
-        def draw(logits, states, uniform, temperature, top_p):
-            names = sorted(states)
-
-            def step(state, entries):
-                logits, *values = state
-                token = sample(logits, entries[0], temperature, top_p, top_k)
-                values = dict(zip(names, values, strict=True))
-                logits, values = self._read_piece(token[:, None], None, values)
-                return token, (logits, *(values[name] for name in names))
-
-            state = (logits, *(states[name] for name in names))
-            tokens, (logits, *values) = scan_serially(step, state, (uniform,), "int32")
-            valid = ops.logical_not(ops.any(ops.isnan(logits), axis=-1))
-            return ops.transpose(tokens), logits, dict(zip(names, values, strict=True)), valid
+        def step(state, entries):
+            logits, *values = state
+            uniform, temperature, top_p = entries
+            token = sample(logits, uniform, temperature, top_p, top_k)
+            states = dict(zip(names, values, strict=True))
+            logits, states = self._read_piece(token[:, None], None, states)
+            return token, (logits, *(states[name] for name in names))
 
         key = (top_k, batch_size)
         if key not in self._loops:
-            self._loops[key] = compiled(draw, self._variables, loop=True)
+            self._loops[key] = compiled_scan(step, self._variables, "int32")
         return self._loops[key]
