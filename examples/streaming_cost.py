@@ -166,7 +166,7 @@ def stream(count, block=1000):
             F = decay**2 * F + (S @ q[..., None]) * v[:, None]
             exact[t] = (q[:, None] @ F)[:, 0]
         difference = np.sqrt(np.mean((outputs[:, 0] - exact) ** 2) / np.mean(exact**2))
-        worst = max(worst, difference)
+        worst = np.maximum(worst, difference)  # which keeps NaN
         if n + 1 in shown:
             recent = statistics.median(seconds[max(1, n // 2) : n + 1]) / block
             print(

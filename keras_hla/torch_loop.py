@@ -112,7 +112,8 @@ def _trace(function, values, tensors):
     # the largest operations that there are, for as few as possible.
     trace = make_fx(flat, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
     try:
-        module = trace(*values, *tensors)
+        # Each by itself: the trace takes one tensor that is given twice for one input.
+        module = trace(*(x.detach() for x in (*values, *tensors)))
     except Exception as error:  # A step that is wrong raises again, where it runs as it is.
         warnings.warn(
             "PyTorch cannot trace a step of the model, which then takes several times as long. "

@@ -36,6 +36,18 @@ def test_values_of_variables_may_change(rng):
         matrix.assign(rng.standard_normal((3, 3)))
 
 
+def test_one_tensor_may_be_given_twice():
+    def step(state, entries):
+        x, y = state
+        return 10 * x + y, (x + entries[0], y + entries[1])
+
+    (zero, inputs) = tensors([0], [[1], [2], [3]])
+    for state in ((zero, zero), tensors([0], [0])):
+        outputs, (x, y) = compiled_scan(step, [])(state, (inputs, inputs**2))
+        np.testing.assert_array_equal(ops.convert_to_numpy(outputs)[:, 0], [0, 11, 35])
+        assert (float(x[0]), float(y[0])) == (6, 14)
+
+
 def shapes(x):
     """Changes of shape in a row, of which some keep the order of the elements and some do not."""
     x = ops.swapaxes(ops.reshape(x, (2, 1, 3)), 0, 1)  # (1, 2, 3)
