@@ -18,12 +18,11 @@ def rotation(position, dim, max_wavelength):
         max_wavelength: The longest period, in tokens times `2 π`.
 
     Returns:
-        Two tensors of shape `(..., 1, dim)`, the first half of the angles being negative.
+        Two tensors of shape `(..., 1, dim / 2)`.
     """
     half = dim // 2
     frequency = max_wavelength ** (-np.arange(half) / half)
     block_angle = np.mod(_BLOCK * frequency, 2 * math.pi)
-    frequency, block_angle = (np.concatenate([-x, x]) for x in (frequency, block_angle))
 
     position = position[..., None, None]
     block = ops.floor(position / _BLOCK)
@@ -36,5 +35,5 @@ def rotation(position, dim, max_wavelength):
 def rotate(x, cos, sin):
     """Rotates each pair `(x_i, x_{i+dim/2})` of a tensor `(..., heads, dim)` by its angle."""
     half = x.shape[-1] // 2
-    swapped = ops.concatenate([x[..., half:], x[..., :half]], axis=-1)
-    return x * cos + swapped * sin
+    first, second = x[..., :half], x[..., half:]
+    return ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
