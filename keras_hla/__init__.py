@@ -1,6 +1,6 @@
 """Higher-order Linear Attention layers for Keras 3 (Zhang, Qin, Wang, Gu, arXiv:2510.27258)."""
 
-from keras_hla import layers, operators, ops
+from keras_hla import kernels, layers, operators, ops
 from keras_hla.export import export_litert, export_onnx, export_saved_model
 from keras_hla.streaming import generate, generate_stream, streaming_model
 
@@ -12,6 +12,7 @@ __all__ = [
     "export_saved_model",
     "generate",
     "generate_stream",
+    "kernels",
     "layers",
     "operators",
     "ops",

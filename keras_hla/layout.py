@@ -35,8 +35,8 @@ def ungroup_sequence(x):
     return ops.swapaxes(ungroup(x), 1, 2)
 
 
-def group_log_decay(log_decay, length, key_heads, dtype):
-    """Anything broadcastable to `(batch, length, heads)` to `(batch, key heads, group, length)`.
+def spread_log_decay(log_decay, length, dtype):
+    """Anything broadcastable to `(batch, length, heads)`, over the length.
 
     Batch and heads keep the size 1 where they do not differ.
     """
@@ -44,8 +44,7 @@ def group_log_decay(log_decay, length, key_heads, dtype):
     missing = 3 - len(log_decay.shape)
     log_decay = ops.reshape(log_decay, (*[1] * missing, *ops.shape(log_decay)))
     batch, _, heads = ops.shape(log_decay)
-    log_decay = ops.broadcast_to(log_decay, (batch, length, heads))
-    return group(ops.swapaxes(log_decay, 1, 2), key_heads)
+    return ops.broadcast_to(log_decay, (batch, length, heads))
 
 
 def segment_starts(segment_ids, mask):
@@ -104,7 +103,7 @@ def apply_mask(mask, query, key, value, log_decay):
 
     `where` rather than a product: such tokens may hold NaN.
     """
-    mask = mask[:, None, None, :]
+    mask = mask[..., None]
     query, key, value = (ops.where(mask[..., None], x, 0) for x in (query, key, value))
     if log_decay is not None:
         log_decay = ops.where(mask, log_decay, 0)

@@ -3,7 +3,9 @@
 import keras
 from keras import ops
 
+from keras_hla import kernels
 from keras_hla.checks import (
+    check_choice,
     check_mask,
     check_positive_int,
     check_rank,
@@ -55,6 +57,10 @@ class HLA(keras.layers.Layer):
             computed a second time for its gradients, which saves memory. `None`
             is no limit. It needs a length known when the call is traced, and
             `causal=True`.
+        implementation: `"auto"`, `"portable"` or `"triton"`, as in
+            `keras_hla.ops.higher_order_attention`. The kernels take queries, keys
+            and values in the compute dtype. `implementation_for(sequences)` tells
+            what is used and why.
         **kwargs: Arguments of `HLACell` (`num_key_value_heads`, `operator`,
             `decay`, `rope_max_wavelength`, `scale`, `feature_map`,
             `conv_kernel_size`, `conv_activation`, `qk_norm`, `masked`,
@@ -114,6 +120,7 @@ class HLA(keras.layers.Layer):
         causal=True,
         chunk_size=None,
         remat_length=8192,
+        implementation="auto",
         name=None,
         trainable=True,
         dtype=None,
@@ -123,6 +130,7 @@ class HLA(keras.layers.Layer):
         super().__init__(name=name, trainable=trainable, dtype=dtype, autocast=False)
         check_positive_int("chunk_size", chunk_size, optional=True)
         check_positive_int("remat_length", remat_length, optional=True)
+        check_choice("implementation", implementation, kernels.IMPLEMENTATIONS)
         self.cell = HLACell(
             num_heads, key_dim, value_dim, name="cell", dtype=self.dtype_policy, **kwargs
         )
@@ -134,6 +142,7 @@ class HLA(keras.layers.Layer):
         self.causal = causal
         self.chunk_size = chunk_size
         self.remat_length = remat_length
+        self.implementation = implementation
         self.states: list = []  # the variables of a stateful layer
         self.supports_masking = True
         if not causal:
@@ -215,6 +224,9 @@ class HLA(keras.layers.Layer):
         memory, context = cell.split_states(states)
         inputs, context = cell.project(sequences, context, mask, starts)
         query, key, value, log_decay = inputs
+        implementation, _ = self.implementation_for(sequences)
+        if implementation == "triton":
+            query, key, value = (ops.cast(x, self.compute_dtype) for x in (query, key, value))
         output = higher_order_attention(
             query,
             key,
@@ -228,10 +240,30 @@ class HLA(keras.layers.Layer):
             initial_state=memory if self.causal else None,
             return_state=self.causal,
             chunk_size=self.chunk_size,
+            implementation=implementation,
         )
         if self.causal:
             output, memory = output
         return cell.finish(output, sequences), (*memory, *context.values())
+
+    def implementation_for(self, sequences=None):
+        """What evaluates the operator, and why, as `keras_hla.kernels.choose` tells.
+
+        Args:
+            sequences: Tensor like those of a call, for its device and known shape.
+        """
+        cell = self.cell
+        return kernels.choose(
+            cell.operator,
+            dtype=self.compute_dtype,
+            key_dim=cell.key_dim,
+            value_dim=cell.value_dim,
+            implementation=self.implementation,
+            tensor=sequences,
+            causal=self.causal,
+            normalize=cell.normalize,
+            chunk_size=self.chunk_size,
+        )
 
     def _check_noncausal(self):
         cell = self.cell
@@ -323,6 +355,7 @@ class HLA(keras.layers.Layer):
             "zero_output_for_mask": self.zero_output_for_mask,
             "causal": self.causal,
             "chunk_size": self.chunk_size,
+            "implementation": self.implementation,
             "remat_length": self.remat_length,
         }
 

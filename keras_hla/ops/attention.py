@@ -5,9 +5,9 @@ import functools
 from keras import ops
 import numpy as np
 
-from keras_hla import forms, operators
+from keras_hla import forms, kernels, operators
 from keras_hla.checks import check_choice, check_number, check_positive_int, check_rank
-from keras_hla.layout import ungroup, ungroup_sequence
+from keras_hla.layout import group, ungroup, ungroup_sequence
 from keras_hla.ops.inputs import prepare, prepare_state
 
 FORMS = ("chunked", "recurrent", "matrix")
@@ -30,6 +30,7 @@ def higher_order_attention(
     initial_state=None,
     return_state=False,
     chunk_size=None,
+    implementation="auto",
 ):
     """Higher-order linear attention.
 
@@ -85,10 +86,15 @@ def higher_order_attention(
         chunk_size: Largest number of tokens of a chunk, for the causal
             `form="chunked"`. It changes time and memory, not the result. `None`
             chooses.
+        implementation: What evaluates the causal `form="chunked"`: `"portable"`,
+            which runs everywhere; `"triton"`, fused kernels for GPUs, under
+            PyTorch and JAX; or `"auto"`, the kernels where they are known to be
+            faster. `keras_hla.kernels.choose` tells which that is and why.
 
     Returns:
         The output, shape `(batch, length, heads, value_dim)`, in the dtype of
-        the inputs but computed in float32 at least. With `return_state=True`
+        the inputs but computed in float32 at least (by the kernels, in products
+        of the dtype of the inputs, summed in float32). With `return_state=True`
         the tuple `(output, state)`, the state a list of float32 tensors
         (float64 for float64 inputs), in the order of the operator's
         `state_names`: for `"hla2"` `S`, `(batch, key_value_heads, dim, dim)`,
@@ -130,14 +136,28 @@ def higher_order_attention(
     if segment_ids is not None:
         check_segments_allowed(operator, causal)
     check_rank(4, "(batch, length, heads, dim)", query=query, key=key, value=value)
-    evaluate = {
-        "chunked": functools.partial(forms.chunked, chunk_size=chunk_size)
-        if causal
-        else forms.unordered,
-        "recurrent": forms.recurrent,
-        "matrix": functools.partial(forms.matrix, causal=causal),
-    }[form]
     inputs = prepare(query, key, value, log_decay, mask, segment_ids)
+    choice = kernels.choose(
+        operator,
+        dtype=inputs.query.dtype,
+        key_dim=inputs.query.shape[-1],
+        value_dim=inputs.value.shape[-1],
+        implementation=implementation,
+        tensor=inputs.query,
+        form=form,
+        causal=causal,
+        normalize=normalize,
+        chunk_size=chunk_size,
+    )
+    if choice.implementation == "triton":
+        evaluate = kernels.attention
+    elif form == "chunked":
+        causal_form = functools.partial(forms.chunked, chunk_size=chunk_size)
+        evaluate = _grouped(causal_form if causal else forms.unordered)
+    elif form == "recurrent":
+        evaluate = _grouped(forms.recurrent)
+    else:
+        evaluate = _grouped(functools.partial(forms.matrix, causal=causal))
     output, state = _evaluate(evaluate, operator, inputs, initial_state, normalize, epsilon)
     output = ops.cast(output, query.dtype)
     return (output, state) if return_state else output
@@ -240,9 +260,8 @@ def attention_step(
     if log_decay is not None and np.ndim(log_decay) == 2:
         log_decay = ops.expand_dims(log_decay, 1)
     inputs = prepare(query, key, value, log_decay, None)
-    output, state = _evaluate(
-        forms.step, operator, inputs, state, normalize, epsilon, state_name="state"
-    )
+    step = _grouped(forms.step)
+    output, state = _evaluate(step, operator, inputs, state, normalize, epsilon, "state")
     return ops.cast(output[:, 0], query.dtype), state
 
 
@@ -271,17 +290,29 @@ def check_segments_allowed(operator, causal):
 
 
 def _evaluate(evaluate, operator, inputs, state, normalize, epsilon, state_name="initial_state"):
-    """Calls one of `keras_hla.forms`, on the values and, to normalize, on values of one.
+    """The output and the list of states, on the values and, to normalize, on values of one.
 
-    Returns the output and the list of states, if the form has any, in the public layout.
+    `evaluate(operator, inputs, state)` takes and returns all in the public layout.
     """
     check_number("epsilon", epsilon, "a positive number", lambda x: x > 0)
     if normalize:
         ones = ops.ones_like(inputs.value[..., :1])
         inputs = inputs._replace(value=ops.concatenate([inputs.value, ones], axis=-1))
-    if state is not None or evaluate is forms.step:
+    if state is not None or state_name == "state":
         state = prepare_state(state_name, state, operator, inputs)
-    output, state = evaluate(operator, *inputs, state)
+    output, state = evaluate(operator, inputs, state)
     if normalize:
         output = output[..., :-1] / (output[..., -1:] + epsilon)
-    return ungroup_sequence(output), state and [ungroup(x) for x in state]
+    return output, state
+
+
+def _grouped(form):
+    """One of `keras_hla.forms` in the public layout."""
+
+    def evaluate(operator, inputs, state):
+        inputs, key_heads = inputs.grouped(), inputs.key.shape[2]
+        state = state and tuple(group(x, key_heads) for x in state)
+        output, state = form(operator, *inputs, state)
+        return ungroup_sequence(output), state and [ungroup(x) for x in state]
+
+    return evaluate

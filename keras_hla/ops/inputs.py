@@ -1,4 +1,4 @@
-"""From the arguments of the public functions to what `keras_hla.forms` takes."""
+"""From the arguments of the public functions to what evaluates them."""
 
 from typing import Any, NamedTuple
 
@@ -12,26 +12,44 @@ from keras_hla.checks import (
     check_segment_ids,
     check_states,
 )
-from keras_hla.layout import apply_mask, group, group_log_decay, group_sequence, segment_starts
+from keras_hla.layout import apply_mask, group, group_sequence, segment_starts, spread_log_decay
 from keras_hla.scan import zero_decay
 
 
 class Inputs(NamedTuple):
-    """Checked tensors, in the dtype of the states and grouped by key head."""
+    """Checked tensors, masked.
+
+    Query, key and value are `(batch, length, heads, dim)`, in their own dtype; the log-decay
+    is `(batch or 1, length, heads, key heads or 1)`, in the dtype of the states, or `None`.
+    """
 
     query: Any
     key: Any
     value: Any
     log_decay: Any
 
+    @property
+    def moments(self):
+        """The number of heads of the states that keys alone make: more than theirs with decays."""
+        key_heads = self.key.shape[2]
+        return key_heads if self.log_decay is None else max(key_heads, self.log_decay.shape[2])
+
+    def grouped(self):
+        """These in the dtype of the states and grouped by key head, as `keras_hla.forms` takes."""
+        dtype, key_heads = state_dtype(self.query.dtype), self.key.shape[2]
+        query, key, value = (group_sequence(ops.cast(x, dtype), key_heads) for x in self[:3])
+        log_decay = self.log_decay
+        if log_decay is not None:
+            log_decay = group(ops.swapaxes(log_decay, 1, 2), key_heads)
+        return Inputs(query, key, value, log_decay)
+
 
 def prepare(query, key, value, log_decay, mask, segment_ids=None):
-    """Checks `(batch, length, heads, dim)` tensors, and returns `Inputs`."""
+    """Checks the arguments of the public functions, and returns `Inputs`."""
     query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
     check_attention_inputs(query, key, value)
     batch, length, heads, _ = query.shape
-    key_heads = key.shape[2]
-    log_decay = check_log_decay(log_decay, batch, length, (heads, key_heads))
+    log_decay = check_log_decay(log_decay, batch, length, (heads, key.shape[2]))
     if mask is not None:
         check_mask(mask, batch, length)
         mask = ops.cast(mask, "bool")
@@ -39,25 +57,23 @@ def prepare(query, key, value, log_decay, mask, segment_ids=None):
         check_segment_ids(segment_ids, batch, length)
 
     dtype = state_dtype(query.dtype)
-    query, key, value = (group_sequence(ops.cast(x, dtype), key_heads) for x in (query, key, value))
     if log_decay is not None:
-        log_decay = group_log_decay(log_decay, ops.shape(query)[-2], key_heads, dtype)
+        log_decay = spread_log_decay(log_decay, ops.shape(query)[1], dtype)
     if mask is not None:
         query, key, value, log_decay = apply_mask(mask, query, key, value, log_decay)
     if segment_ids is not None:
         starts = segment_starts(ops.convert_to_tensor(segment_ids), mask)
-        log_decay = forget_at(starts[:, None, None, :], log_decay, dtype)
+        log_decay = forget_at(starts[..., None], log_decay, dtype)
     return Inputs(query, key, value, log_decay)
 
 
 def prepare_state(name, state, operator, inputs):
-    """Checks the argument `name`, a list of states, and returns it grouped as `inputs`."""
-    batch, key_heads, size, _, dim = inputs.query.shape
-    own_moments = inputs.log_decay is not None and inputs.log_decay.shape[2] > 1
-    moments = key_heads * size if own_moments else key_heads
-    shapes = operator.state_shapes(moments, key_heads * size, dim, inputs.value.shape[-1])
+    """Checks the argument `name`, a list of states, and returns it in the dtype of states."""
+    batch, _, heads, dim = inputs.query.shape
+    shapes = operator.state_shapes(inputs.moments, heads, dim, inputs.value.shape[-1])
     check_states(name, state, batch, shapes, operator.state_names)
-    return tuple(group(ops.cast(x, inputs.query.dtype), key_heads) for x in state)
+    dtype = state_dtype(inputs.query.dtype)
+    return [ops.cast(x, dtype) for x in state]
 
 
 def forget_at(starts, log_decay, dtype):

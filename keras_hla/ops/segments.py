@@ -44,7 +44,7 @@ def summarize(query, key, value, operator="hla2", log_decay=None):
     """
     operator = operators.get(operator)
     check_rank(4, "(batch, length, heads, dim)", query=query, key=key, value=value)
-    inputs = prepare(query, key, value, log_decay, None)
+    inputs = prepare(query, key, value, log_decay, None).grouped()
     segment = forms.summarize(operator, *inputs)
     batch = ops.shape(inputs.query)[0]
     if inputs.log_decay is None:

@@ -59,7 +59,7 @@ def attention_weights(
     if not causal:
         check_noncausal(operator, log_decay, masked)
     check_rank(4, "(batch, length, heads, dim)", query=query, key=key)
-    query, key, _, log_decay = prepare(query, key, key, log_decay, mask)
+    query, key, _, log_decay = prepare(query, key, key, log_decay, mask).grouped()
     weights = forms.weights(operator, query, key, log_decay, causal)
     if normalize:
         weights = weights / (ops.sum(weights, axis=-1, keepdims=True) + epsilon)

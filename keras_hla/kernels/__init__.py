@@ -1,0 +1,6 @@
+"""Fused kernels for GPUs, in Triton, under PyTorch and JAX."""
+
+from keras_hla.kernels.attention import attention
+from keras_hla.kernels.choice import IMPLEMENTATIONS, Choice, choose
+
+__all__ = ["IMPLEMENTATIONS", "Choice", "attention", "choose"]

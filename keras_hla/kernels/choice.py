@@ -1,0 +1,101 @@
+"""What evaluates an operator: the portable path or the kernels, and why."""
+
+from typing import NamedTuple
+
+import keras
+
+from keras_hla import operators
+from keras_hla.checks import check_choice
+from keras_hla.kernels import device
+
+IMPLEMENTATIONS = ("auto", "portable", "triton")
+# The operators that the kernels know, by the name that they know.
+KERNEL_OPERATORS = {operators.HLA2(): "hla2", operators.AHLA(): "ahla", operators.HLA3(): "hla3"}
+_LARGEST_DIM = 128
+
+
+class Choice(NamedTuple):
+    """An implementation, `"portable"` or `"triton"`, and the reason for it in words."""
+
+    implementation: str
+    reason: str
+
+
+def choose(
+    operator="hla2",
+    dtype="bfloat16",
+    key_dim=64,
+    value_dim=64,
+    implementation="auto",
+    tensor=None,
+    form="chunked",
+    causal=True,
+    normalize=False,
+    chunk_size=None,
+):
+    """Tells what evaluates `keras_hla.ops.higher_order_attention`, and why.
+
+    Args:
+        operator: Name of an operator, or an operator.
+        dtype: Dtype of query, key and value. In the `HLA` layer, its compute dtype.
+        key_dim: Size of each query and key head.
+        value_dim: Size of each value head.
+        implementation: `"auto"`, `"portable"` or `"triton"`.
+        tensor: A tensor, to ask for its device and whether its shape is known.
+            `None` is the device on which Keras makes tensors, and a known shape.
+        form: As in `higher_order_attention`, as are the arguments after it.
+        causal: As in `higher_order_attention`.
+        normalize: As in `higher_order_attention`.
+        chunk_size: As in `higher_order_attention`.
+
+    Returns:
+        The named tuple `(implementation, reason)`.
+
+    Raises:
+        ValueError: if `implementation="triton"` cannot run that, with the reason.
+
+    Example:
+
+    >>> choice = keras_hla.kernels.choose("hla2", dtype="bfloat16", key_dim=64, value_dim=64)
+    >>> choice.implementation, choice.reason  # on a machine without a GPU
+    ('portable', 'there is no CUDA GPU')
+    """
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if implementation == "portable":
+        return Choice("portable", "it was asked for")
+    operator = operators.get(operator)
+    obstacle = (
+        _outside_of_kernels(operator, dtype, (key_dim, value_dim))
+        or _outside_of_form(form, causal, normalize, chunk_size)
+        or device.why_not(tensor)
+    )
+    if implementation == "triton":
+        if obstacle:
+            raise ValueError(
+                f"With implementation='triton' the kernels must be able to run, but {obstacle}. "
+                "Use 'auto' or 'portable'. Received: implementation='triton'"
+            )
+        return Choice("triton", "it was asked for")
+    obstacle = obstacle or device.why_not_faster(dtype, tensor)
+    return Choice("portable", obstacle) if obstacle else Choice("triton", "it is faster here")
+
+
+def _outside_of_kernels(operator, dtype, dims):
+    if operator not in KERNEL_OPERATORS:
+        return f"they know {sorted(KERNEL_OPERATORS.values())}, without options, not {operator}"
+    dtype = keras.backend.standardize_dtype(dtype)
+    if dtype not in ("bfloat16", "float16", "float32"):
+        return f"they take bfloat16, float16 and float32, not {dtype}"
+    if max(dims) > _LARGEST_DIM:
+        return f"they take `key_dim` and `value_dim` up to {_LARGEST_DIM}, not {dims}"
+    return None
+
+
+def _outside_of_form(form, causal, normalize, chunk_size):
+    if form != "chunked" or not causal:
+        return f"they are for form='chunked' and causal=True, not form='{form}', causal={causal}"
+    if normalize:
+        return "they would round the sum by which normalize=True divides"
+    if chunk_size is not None:
+        return f"they have a chunk size of their own, not chunk_size={chunk_size}"
+    return None
