@@ -29,5 +29,5 @@ def rotary_embedding(x, position, max_wavelength):
     rest = position - block * _BLOCK
     angle = block * ops.cast(block_angle, x.dtype) + rest * ops.cast(frequency, x.dtype)
     cos, sin = ops.cos(angle), ops.sin(angle)
-    first, second = x[..., :half], x[..., half:]
+    first, second = ops.split(x, 2, axis=-1)
     return ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
