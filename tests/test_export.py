@@ -9,8 +9,8 @@ from scripts import run_python
 from keras_hla import export_saved_model, layers
 
 BACKEND = keras.config.backend()
-SHAPES = [(1, 1), (5, 1), (1, 63), (5, 64), (1, 65), (5, 65), (1, 1000)]
-PIECES = [1, 7, 64, 1, 27]
+SHAPES = [(5, 1), (1, 63), (5, 65), (1, 1000)]  # few: what JAX wrote is compiled for each
+PIECES = [1, 64, 1, 34]
 
 SERVE = """
 import sys
