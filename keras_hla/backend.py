@@ -15,6 +15,12 @@ def size_at_run_time(length, largest):
     return largest  # JAX cannot divide by a symbolic size.
 
 
+def contiguous(x):
+    """A tensor that is about to be read by many products, with its axes in order in memory."""
+    # torch would copy it for each of the products; compilers choose by themselves.
+    return x.contiguous() if keras.config.backend() == "torch" else x
+
+
 def cumulative_sum(x):
     """The sums along the last axis, in the dtype of `x`."""
     if keras.config.backend() == "torch":  # where `keras.ops.cumsum` makes float32 of float64

@@ -7,6 +7,8 @@ which share a key head broadcast against it.
 
 from keras import ops
 
+from keras_hla.backend import contiguous
+
 
 def group(x, key_heads, axis=1):
     """Splits the axis of the heads into `(key_heads, group)`; a single head stays one."""
@@ -27,7 +29,7 @@ def ungroup(x, axis=1):
 
 def group_sequence(x, key_heads):
     """`(batch, length, heads, dim)` to `(batch, key_heads, group, length, dim)`."""
-    return group(ops.swapaxes(x, 1, 2), key_heads)
+    return group(contiguous(ops.swapaxes(x, 1, 2)), key_heads)
 
 
 def ungroup_sequence(x):

@@ -20,7 +20,7 @@ from keras import ops
 from keras_hla.backend import cumulative_sum, size_at_run_time
 
 # Up to this many states are scanned in one product, more in groups.
-_DIRECT = 32
+_DIRECT = 64
 # The size of a group where the number of states is unknown at trace time.
 _GROUP = 32
 
@@ -64,7 +64,7 @@ class ChunkedScan:
             scores = scores * _power(within, power)
             query = query * _power(ops.exp(total)[..., None], power)
         else:
-            scores = scores * within
+            scores *= within  # torch saves the memory of a second tensor
         output = scores @ value
         return output if entering is None else output + query @ entering, last
 
@@ -191,16 +191,22 @@ def _scan(sums, log_decay, state=None):
 
 
 def _scan_directly(sums, log_decay, state=None):
-    """`_scan` as one product with an `n + 1` x `n` triangular matrix."""
+    """`_scan` as one product with a triangular matrix.
+
+    The last state is a product of its own, which compilers leave out where nobody reads it.
+    """
     if log_decay is None:
         n = ops.shape(sums)[-2]
         weights = ops.cast(causal_mask(n + 1), sums.dtype)
     else:
         weights = decay_products(pad_axis(log_decay, 1, 0, axis=-1))
-    states = weights[..., 1:] @ sums
+    from_state, weights = weights[..., :1], weights[..., 1:]
+    entering, last = weights[..., :-1, :] @ sums, weights[..., -1:, :] @ sums
     if state is not None:
-        states = states + weights[..., :1] * state[..., None, :]
-    return states[..., :-1, :], states[..., -1, :]
+        state = state[..., None, :]
+        entering = entering + from_state[..., :-1, :] * state
+        last = last + from_state[..., -1:, :] * state
+    return entering, last[..., 0, :]
 
 
 def _scan_in_groups(sums, log_decay, state):

@@ -9,8 +9,8 @@ from scripts import run_python
 from keras_hla import export_saved_model, layers
 
 BACKEND = keras.config.backend()
-SHAPES = [(1, 1), (5, 1), (1, 63), (5, 64), (1, 65), (5, 65), (1, 1000)]
-PIECES = [1, 7, 64, 1, 27]
+SHAPES = [(5, 1), (1, 63), (5, 65), (1, 1000)]  # few: what JAX wrote is compiled for each
+PIECES = [1, 64, 1, 34]
 
 SERVE = """
 import sys
@@ -106,7 +106,8 @@ def test_a_saved_model_is_the_model(model, rng, tmp_path):
         assert relative_error(answers[name][mask], expected[mask]) <= 1e-5
     for n in range(2):  # anew after `reset`
         assert relative_error(answers[f"session_{n}"], expected[:1]) <= 1e-5
-    check_command_line(model, tokens, tmp_path)
+    if BACKEND != "torch":  # where TensorFlow has written the file
+        check_command_line(model, tokens, tmp_path)
 
 
 def check_command_line(model, tokens, folder):
@@ -138,8 +139,8 @@ def test_errors(model, tmp_path):
     if BACKEND == "torch":
         with pytest.raises(RuntimeError, match=r"python -m keras_hla.export model.keras"):
             export_saved_model(model, tmp_path)
+        with pytest.raises(AssertionError, match="there is no file"):
+            run_python("-m", "keras_hla.export", tmp_path / "nothing.keras", tmp_path / "out")
     inputs = keras.Input((None, 8))
     with pytest.raises(RuntimeError if BACKEND == "torch" else ValueError):
         export_saved_model(keras.Model(inputs, keras.layers.Dense(4)(inputs)), tmp_path)
-    with pytest.raises(AssertionError, match="there is no file"):
-        run_python("-m", "keras_hla.export", tmp_path / "nothing.keras", tmp_path / "out")

@@ -34,6 +34,5 @@ def rotation(position, dim, max_wavelength):
 
 def rotate(x, cos, sin):
     """Rotates each pair `(x_i, x_{i+dim/2})` of a tensor `(..., heads, dim)` by its angle."""
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
+    first, second = ops.split(x, 2, axis=-1)
     return ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
