@@ -84,7 +84,7 @@ def main(argv=None):
     for part in measure(arguments, backend.on_gpu()):
         print_table(part)
         rows += part
-    save(rows, arguments, backend.device_name())
+        save(rows, arguments, backend.device_name())  # all so far: a run may be cut off
     return int(any(row.failed for row in rows))
 
 

@@ -47,7 +47,10 @@ class Row:
 
 
 def print_table(rows):
-    """Prints the rows of one case, with the columns that any of them has."""
+    """Prints the rows of one case, with the columns that any of them has.
+
+    The ratio is that of the last column to the first row that has times.
+    """
     columns = list(dict.fromkeys(column for row in rows for column in row.times))
     header = ["", *(f"{column}, ms" for column in columns)]
     errors = any(row.errors for row in rows)
@@ -74,14 +77,14 @@ def print_table(rows):
 def _times(times):
     if times is None:
         return ""
-    median, low, high = (f"{x:.3g}" if x < 100 else f"{x:,.0f}" for x in times)
+    median, low, high = (f"{x:.3g}" if x < 100 else f"{x:,.0f}" for x in times[:3])
     return f"{median} [{low}, {high}]"
 
 
 def _ratio(row, first, column):
     if column not in row.times or column not in first.times:
         return ""
-    return f"{row.times[column].median / first.times[column].median:.2f}"
+    return f"{row.times[column].ratio(first.times[column]):.2f}"
 
 
 def _largest(row, gradients):
@@ -108,8 +111,8 @@ def save_csv(rows, path, **same):
     for row in rows:
         record = {**same, "case": row.case, "contender": row.name, "operator": row.operator}
         for column, times in row.times.items():
-            for name, value in times._asdict().items():
-                record[f"{column} ms {name}"] = value
+            for name in ("median", "low", "high"):
+                record[f"{column} ms {name}"] = getattr(times, name)
         record |= {f"error of {name}": value for name, value in row.errors.items()}
         records.append(record | {"MB": row.megabytes, "failed": row.failed, "note": row.note})
     names = list(dict.fromkeys(name for record in records for name in record))

@@ -10,11 +10,19 @@ MOST = 300
 
 
 class Times(NamedTuple):
-    """Milliseconds: the median and the quartiles."""
+    """Milliseconds: the median, the quartiles, and each, in the order of the turns."""
 
     median: float
     low: float
     high: float
+    samples: tuple[float, ...] = ()
+
+    def ratio(self, other):
+        """The median of the quotients of what was measured in the same turn."""
+        count = min(len(self.samples), len(other.samples))
+        if not count:
+            return self.median / other.median
+        return float(np.median(np.divide(self.samples[:count], other.samples[:count])))
 
 
 def in_turns(samples, seconds):
@@ -45,7 +53,7 @@ def in_turns(samples, seconds):
             enough = spent[name] >= seconds and turn >= LEAST
             if enough or turn >= MOST:
                 low, median, high = np.quantile(found[name], (0.25, 0.5, 0.75))
-                results[name] = Times(float(median), float(low), float(high))
+                results[name] = Times(float(median), float(low), float(high), tuple(found[name]))
         turn += 1
     return results
 
