@@ -30,7 +30,6 @@ def measure(case, operators, options):
                 if row.refuse(TOLERANCE[case.dtype]):
                     continue
             call, arguments = training_step(layer, case, options.jit)
-            backend.time_calls(call, [arguments])
             row.megabytes = backend.added_memory(call, arguments)
             if row.megabytes is None and options.process_memory:
                 small = (name, case.short(), options.jit)

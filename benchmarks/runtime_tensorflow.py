@@ -56,6 +56,7 @@ def _synchronize(result):
 def added_memory(call, arguments):
     if not on_gpu():
         return None
+    _synchronize(call(*arguments))  # may try several kernels, which takes memory
     tf.config.experimental.reset_memory_stats("GPU:0")
     before = tf.config.experimental.get_memory_info("GPU:0")["current"]
     _synchronize(call(*arguments))

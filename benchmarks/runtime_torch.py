@@ -62,6 +62,7 @@ def time_calls(call, argument_sets):
 def added_memory(call, arguments):
     if not on_gpu():
         return None
+    call(*arguments)  # may try several kernels, which takes memory
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
