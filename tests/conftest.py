@@ -31,9 +31,10 @@ def pytest_configure(config):
     import torch  # noqa: F401  # Before TensorFlow: in the other order torch may crash on import.
 
 
-# What is the same on other backends: the definitions, which are torch; a server without Keras;
+# What is the same on other backends: definitions, which are torch or NumPy; a server without Keras;
 # SavedModels in use, which TensorFlow and JAX make; and files that TensorFlow alone makes.
 ONLY = {
+    "test_benchmark_reference.py": ("torch",),
     "test_definitions.py": ("torch",),
     "test_formats.py": ("tensorflow",),
     "test_formats_elsewhere.py": ("jax", "torch"),

@@ -12,22 +12,11 @@ BACKEND = keras.config.backend()
 
 # By backend: script, options, and what its output shows.
 MEASURING = {
-    "tensorflow": [
-        ("cost.py", "--lengths 64 --tokens 200 --repeats 2", ["MultiHeadAttention", "growth"]),
-        ("long_sequence.py", "--length 512 --remat-lengths 128", ["MB in all"]),
-    ],
+    "tensorflow": [],
     "jax": [
         ("numerics.py", "--length 1500", ["outputs are finite"]),
-        ("streaming_cost.py", "--tokens 40 --contexts 64 --stream 3000", ["prefix", "are finite"]),
     ],
     "torch": [
-        ("cost.py", "--lengths 64 --tokens 200 --repeats 2", ["MultiHeadAttention", "bytes"]),
-        (
-            "operator_cost.py",
-            "--length 32 --repeats 1 --operators hla3_published",
-            ["hla3_publish"],
-        ),
-        ("streaming_cost.py", "--tokens 40 --contexts 64 --stream 3000", ["prefix", "are finite"]),
         ("plot_weights.py", "--output OUT/picture.png", []),
         (
             "classify_digits.py",

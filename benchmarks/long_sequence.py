@@ -1,6 +1,6 @@
 """Time and memory of a training step on a long sequence, against `remat_length`.
 
-    python long_sequence.py --backend jax
+    python -m benchmarks.long_sequence --backend jax
 
 One layer of 4 heads of 64 over 256 features, batch 1, float32. Each row is a
 process of its own, and its memory is the most that the process ever held:
@@ -26,9 +26,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")
 
 import keras  # noqa: E402  # Keras reads the backend when it is imported.
-from measure import in_fresh_process, resident_memory  # noqa: E402
 import numpy as np  # noqa: E402
 
+from benchmarks.memory import in_fresh_process, resident  # noqa: E402
 from keras_hla.layers import HLA  # noqa: E402
 
 FEATURES = 256
@@ -48,7 +48,7 @@ def measure(options, remat_length):
     model.train_on_batch(x, x)
     begin = time.perf_counter()
     model.train_on_batch(x, x)
-    return time.perf_counter() - begin, resident_memory("VmHWM")
+    return time.perf_counter() - begin, resident("VmHWM")
 
 
 def main():

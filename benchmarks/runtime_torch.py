@@ -1,0 +1,71 @@
+"""See `benchmarks.runtime`."""
+
+import itertools
+
+import torch
+
+from benchmarks import timing
+
+
+def on_gpu():
+    from keras.src.backend.torch.core import get_device  # what Keras puts its tensors on
+
+    return get_device().startswith("cuda")
+
+
+def device_name():
+    return torch.cuda.get_device_name() if on_gpu() else "cpu"
+
+
+def tensor(array, dtype):
+    return torch.from_numpy(array).to("cuda" if on_gpu() else "cpu", getattr(torch, dtype))
+
+
+def to_numpy(x):
+    return x.detach().double().cpu().numpy()
+
+
+def forward(function, jit):
+    function = torch.compile(function) if jit == "on" else function
+
+    def call(inputs, constants):
+        with torch.no_grad():
+            return function(*inputs, *constants)
+
+    return call
+
+
+def training(function, jit):
+    function = torch.compile(function) if jit == "on" else function
+
+    def call(inputs, constants, cotangent):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        output = function(*inputs, *constants)
+        return output, torch.autograd.grad(output, inputs, cotangent)
+
+    return call
+
+
+def time_calls(call, argument_sets):
+    if not on_gpu():
+        return timing.on_cpu(call, argument_sets[0])
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(argument_sets) + 1)]
+    call(*argument_sets[-1])  # so that the queue is not empty when the first event is recorded
+    events[0].record()
+    for arguments, event in zip(argument_sets, events[1:], strict=True):
+        call(*arguments)
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+
+def added_memory(call, arguments):
+    if not on_gpu():
+        return None
+    call(*arguments)  # may try several kernels, which takes memory
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(*arguments)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -1,0 +1,123 @@
+"""The benchmarks run, in a small size, and time nothing that is wrong."""
+
+import csv
+
+import keras
+from keras import ops
+import pytest
+from scripts import run_python
+
+from benchmarks import contenders, layers, long_stream, memory, streaming
+from benchmarks.__main__ import main
+from benchmarks.cases import Case
+
+BACKEND = keras.config.backend()
+QUICK = ("--backend", BACKEND, "--seconds", "0")
+
+
+def rows(folder, kind):
+    with open(folder / f"{kind}_{BACKEND}.csv", encoding="utf-8") as file:
+        return {row["contender"]: row for row in csv.DictReader(file)}
+
+
+def test_operators(tmp_path):
+    options = ("--shapes", "1x2x70x8", "--operators", "hla3", "--output", tmp_path)
+    assert main([*QUICK, *map(str, options)]) == 0
+    found = rows(tmp_path, "operators")
+    for name in ("keras_hla hla3", "keras_hla linear", "minimal hla3"):
+        row = found[name]
+        assert 0 < float(row["forward ms low"]) <= float(row["forward ms median"])
+        assert (
+            0 < float(row["forward+backward ms median"]) <= float(row["forward+backward ms high"])
+        )
+        assert 0 < float(row["error of dkey"]) < 1e-5
+        assert 0 < float(row["error of output at the shape"]) < 1e-5
+    assert found["keras.ops attention"]["forward ms median"]
+    for row in found.values():  # none is dropped without a reason
+        assert bool(row["forward ms median"]) != bool(row["note"])
+    assert (tmp_path / f"operators_{BACKEND}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_operators_with_decay(capsys):
+    options = ("--shapes", "1x2x70x8", "--dtypes", "bfloat16", "--decay")
+    assert main([*QUICK, *options, "--peers", "minimal,nobody"]) == 0
+    printed = capsys.readouterr().out
+    assert "has no decay" in printed
+    assert "no such peer" in printed
+    assert "1x2x70x8 bfloat16 with decay" in printed
+
+
+def scaled(output, value):
+    return output * (1 + 1e-3)
+
+
+def wrong_gradient(output, value):
+    return output + 0.01 * (value - ops.stop_gradient(value))
+
+
+@pytest.mark.parametrize(("wrong", "named"), [(scaled, "output"), (wrong_gradient, "dvalue")])
+def test_wrong_results_are_refused(wrong, named, monkeypatch, capsys, tmp_path):
+    right = contenders.higher_order_attention
+
+    def attention(query, key, value, operator, **options):
+        return wrong(right(query, key, value, operator, **options), value)
+
+    monkeypatch.setattr(contenders, "higher_order_attention", attention)
+    options = ("--shapes", "1x1x20x4", "--peers", "minimal", "--output", str(tmp_path))
+    assert main([*QUICK, *options]) == 1
+    assert "WRONG" in capsys.readouterr().out
+    found = rows(tmp_path, "operators")
+    assert not found["keras_hla hla2"]["forward ms median"]
+    assert f"{named} " in found["keras_hla hla2"]["note"]
+    assert found["minimal hla2"]["forward ms median"]
+
+
+def test_an_error_of_ours_is_a_failure():
+    options = ("--shapes", "1x1x20x4", "--peers", "none", "--implementations", "no such")
+    assert main([*QUICK, *options]) == 1
+
+
+def test_layers(tmp_path):
+    options = ("--layers", "--shapes", "1x2x16x8", "--output", str(tmp_path))
+    assert main([*QUICK, *options]) == 0
+    found = rows(tmp_path, "layers")
+    for name in ("HLA (hla2)", "MultiHeadAttention", "GRU"):
+        assert float(found[name]["training step ms median"]) > 0
+    assert 0 < float(found["HLA (hla2)"]["error of output"]) < 1e-5
+    assert found["MultiHeadAttention, flash"]["note"]
+
+
+def test_streaming(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "CALL", 4)
+    monkeypatch.setattr(streaming, "BLOCKS", 1)
+    monkeypatch.setattr(long_stream, "BLOCK", 100)
+    options = ("--streaming", "--contexts", "40", "--tokens", "1000", "--output", str(tmp_path))
+    assert main([*QUICK, *options]) == 0
+    found = rows(tmp_path, "streaming")
+    for name in (
+        "HLA from its state, after 1,000 tokens",
+        "HLA, the whole prefix of 40 tokens again",
+        "attention, cache of 40 tokens",
+    ):
+        assert float(found[name]["token of a call ms median"]) > 0
+    assert 0 < float(found["hla2, to token 1,000"]["error of output"]) < 1e-5
+
+
+# The processes import a backend again, of which torch is the quickest.
+torch_alone = pytest.mark.skipif(BACKEND != "torch", reason="the same on all backends")
+
+
+@torch_alone
+def test_memory_of_processes(tmp_path):
+    options = ("--shapes", "1x2x70x8", "--peers", "none", "--output", str(tmp_path))
+    assert main([*QUICK, *options, "--process-memory"]) == 0
+    assert float(rows(tmp_path, "operators")["keras_hla hla2"]["MB"]) >= 0
+    small, large = Case.parse("1x2x16x8"), Case.parse("1x2x2048x8")
+    name = "MultiHeadAttention"
+    assert memory.added(layers.fresh_step, (name, small, "auto"), (name, large, "auto")) > 1
+
+
+@torch_alone
+def test_long_sequence():
+    options = ("--length", 512, "--remat-lengths", 128, "--backend", BACKEND)
+    assert "MB in all" in run_python("-m", "benchmarks.long_sequence", *options)
