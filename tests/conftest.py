@@ -28,16 +28,21 @@ def pytest_configure(config):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    import torch  # noqa: F401  # Before TensorFlow: in the other order torch may crash on import.
+    import torch  # Before TensorFlow: in the other order torch may crash on import.
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# What is the same on other backends: definitions, which are torch or NumPy; a server without Keras;
-# SavedModels in use, which TensorFlow and JAX make; and files that TensorFlow alone makes.
+# What is the same on other backends: definitions, which are torch or NumPy; kernels, which JAX has
+# no interpreter for; a server without Keras; SavedModels in use, which TensorFlow and JAX make; and
+# files that TensorFlow alone makes.
 ONLY = {
     "test_benchmark_reference.py": ("torch",),
     "test_definitions.py": ("torch",),
     "test_formats.py": ("tensorflow",),
     "test_formats_elsewhere.py": ("jax", "torch"),
+    "test_kernels.py": ("torch",),
     "test_serve.py": ("tensorflow",),
     "test_sessions_of_a_saved_model.py": ("tensorflow", "jax"),
 }

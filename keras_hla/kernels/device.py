@@ -20,7 +20,7 @@ def why_not(tensor):
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         return f"the package {missing[0]} is not installed"
-    if backend == "torch" and os.environ.get("TRITON_INTERPRET") == "1":
+    if backend == "torch" and interpreted():
         return None
     return None if _has_gpu(tensor) else "there is no CUDA GPU"
 
@@ -34,6 +34,11 @@ def why_not_faster(dtype, tensor):
     if _capability() != _CAPABILITY:
         return "the kernels were measured on GPUs of compute capability 9.0 alone"
     return None
+
+
+def interpreted():
+    """Whether Triton interprets kernels on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _has_gpu(tensor):

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from keras_hla.kernels.device import interpreted
+
 # Rows of batch and head from which on a single segment of each fills a large GPU; and programs
 # that are wanted where it does not, two for each of its processors.
 _ROWS = 96
@@ -94,8 +96,9 @@ class Geometry:
 
     @property
     def product_dtype(self):
-        """The dtype of the products' operands: that of the inputs, but of a wider range."""
-        return "bfloat16" if self.dtype == "bfloat16" else "float32"
+        """The dtype of the products' operands: that of the inputs, but of a wide range."""
+        # The interpreter multiplies no bfloat16.
+        return "bfloat16" if self.dtype == "bfloat16" and not interpreted() else "float32"
 
     def sequence(self, dim, dtype=None):
         """The shape and dtype of a sequence of the query heads."""

@@ -44,8 +44,11 @@ class _Attention(torch.autograd.Function):
         return output, *last
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, *state_gradients):
+        if torch.is_grad_enabled():  # with `create_graph=True`
+            raise RuntimeError(
+                "The kernels have no gradients of gradients. Use implementation='portable'."
+            )
         geometry = ctx.geometry
         query, key, value, log_decay, *saved = ctx.saved_tensors
         if gradient is None:

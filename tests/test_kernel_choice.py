@@ -1,0 +1,56 @@
+"""What is chosen to evaluate an operator, and what cannot be."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_hla import kernels, layers, ops
+
+ON_TORCH = keras.config.backend() == "torch"
+
+
+def test_auto_gives_a_reason():
+    choice = kernels.choose("hla2", dtype="bfloat16", key_dim=64, value_dim=64)
+    assert choice.implementation in ("portable", "triton")
+    assert choice.reason
+    assert kernels.choose(implementation="portable") == ("portable", "it was asked for")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"operator": "linear"}, r"know \['ahla', 'hla2', 'hla3'\], without options, not Linear"),
+        ({"operator": "hla2_published"}, "not HLA2Published"),
+        ({"dtype": "float64"}, "take bfloat16, float16 and float32, not float64"),
+        ({"key_dim": 256}, r"up to 128, not \(256, 64\)"),
+        ({"form": "recurrent"}, "form='recurrent'"),
+        ({"causal": False}, "causal=False"),
+        ({"normalize": True}, "normalize=True"),
+        ({"chunk_size": 32}, "chunk_size=32"),
+    ],
+)
+def test_what_kernels_cannot_do(options, reason):
+    choice = kernels.choose(**options)
+    assert choice.implementation == "portable"
+    with pytest.raises(ValueError, match=f"implementation='triton'.*{reason}"):
+        kernels.choose(**options, implementation="triton")
+
+
+def test_unknown():
+    with pytest.raises(ValueError, match=r"`implementation` must be one of .*'auto'.*'cuda'"):
+        kernels.choose(implementation="cuda")
+    with pytest.raises(ValueError, match="`implementation` must be one of"):
+        layers.HLA(2, 8, implementation="cuda")
+    q = np.zeros((1, 4, 2, 8), "float32")
+    with pytest.raises(ValueError, match="`implementation` must be one of"):
+        ops.higher_order_attention(q, q, q, implementation="cuda")
+
+
+@pytest.mark.skipif(ON_TORCH, reason="the kernels run there, at least interpreted")
+def test_explicit_kernels_are_refused_where_they_cannot_run():
+    q = np.zeros((1, 4, 2, 8), "float32")
+    with pytest.raises(ValueError, match="implementation='triton'"):
+        ops.higher_order_attention(q, q, q, implementation="triton")
+    layer = layers.HLA(2, 8, implementation="triton")
+    with pytest.raises(ValueError, match="implementation='triton'"):
+        layer(np.zeros((1, 4, 16), "float32"))

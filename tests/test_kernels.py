@@ -1,0 +1,158 @@
+"""The kernels against the float64 definitions: on a GPU if there is one, else interpreted."""
+
+from backends import relative_error, to_numpy
+from definitions import Reference, serial
+from family import FORWARD, GRADIENT, attend_with_gradients, draw, like
+import keras
+import numpy as np
+import pytest
+import torch
+
+from keras_hla import kernels, layers, ops
+from keras_hla.kernels import geometry
+
+OPERATORS = ("hla2", "ahla", "hla3")
+KERNELS = {"implementation": "triton"}
+every_operator = pytest.mark.parametrize("operator", OPERATORS)
+
+
+@pytest.fixture(params=["one segment", "segments"])
+def segments(request, monkeypatch):
+    """A short sequence in one segment, or in one for each chunk."""
+    monkeypatch.setattr(geometry, "_SEGMENT_CHUNKS", 1 if request.param == "segments" else 8)
+
+
+def to_tensors(arrays, dtype="float32"):
+    tensors = [keras.ops.convert_to_tensor(x, dtype) for x in arrays]
+    return [x.requires_grad_() for x in tensors]
+
+
+@every_operator
+@pytest.mark.parametrize("decay", ["none", "per_token"])
+@pytest.mark.parametrize("key_heads", [2, 1])
+@pytest.mark.usefixtures("segments")
+def test_outputs_states_and_gradients(rng, operator, decay, key_heads):
+    inputs, log_decay = draw(rng, 75, decay, 2, key_heads, dim=24, value_dim=16, batch=1)
+    inputs = [inputs[0] / 5, inputs[1] / 5, inputs[2]]
+    expected = Reference(serial, operator, inputs, log_decay)
+    state, weights = [], []
+    if decay != "none" or key_heads == 2:  # with heads of their own, like those of the definition
+        state, weights = (like(rng, expected.states) for _ in range(2))
+        if operator != "ahla":
+            state[0] = state[0] @ np.swapaxes(state[0], -1, -2)  # sums of k kᵀ are symmetric
+        expected = Reference(serial, operator, inputs, log_decay, state)
+    (weight,) = like(rng, [expected.output])
+    (output, *last), found = attend_with_gradients(
+        inputs, log_decay, [weight, *weights], state, operator=operator, **KERNELS
+    )
+    assert relative_error(output, expected.output) <= FORWARD
+    for a, e in zip(last, expected.states if state else [], strict=True):
+        assert relative_error(a, e) <= FORWARD
+    for a, e in zip(found, expected.gradients(weight, weights), strict=True):
+        assert relative_error(a, e) <= GRADIENT
+
+
+@every_operator
+def test_without_states(rng, operator):
+    inputs, log_decay = draw(rng, 40, "constant", dim=16, value_dim=40, batch=2)
+    expected = Reference(serial, operator, inputs, log_decay)
+    (weight,) = like(rng, [expected.output])
+    (output,), found = attend_with_gradients(
+        inputs, log_decay, [weight], operator=operator, **KERNELS
+    )
+    assert relative_error(output, expected.output) <= FORWARD
+    for a, e in zip(found, expected.gradients(weight), strict=True):
+        assert relative_error(a, e) <= GRADIENT
+
+
+@every_operator
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision(rng, operator, dtype):
+    """The error is about twice that of the exact result, rounded to the dtype."""
+    inputs, _ = draw(rng, 100, "none", dim=32, value_dim=32)
+    inputs = [inputs[0] / 6, inputs[1] / 6, inputs[2]]
+    rounded = to_tensors(inputs, dtype)
+    expected = Reference(serial, operator, [to_numpy(x.detach()) for x in rounded], None)
+    (weight,) = like(rng, [expected.output])
+    output = ops.higher_order_attention(*rounded, operator, **KERNELS)
+    assert output.dtype == rounded[0].dtype
+    found = torch.autograd.grad(output, rounded, keras.ops.convert_to_tensor(weight, dtype))
+    weight = to_numpy(keras.ops.convert_to_tensor(weight, dtype))
+    wanted = (expected.output, *expected.gradients(weight))
+    # Third order takes one rounding more, and the interpreter truncates where a GPU rounds.
+    allowed = 2.0 if torch.cuda.is_available() and operator != "hla3" else 2.2
+    for a, e in zip((output, *found), wanted, strict=True):
+        best = relative_error(keras.ops.convert_to_tensor(e.astype("float32"), dtype), e)
+        assert relative_error(a.detach(), e) <= allowed * best
+
+
+@every_operator
+@pytest.mark.usefixtures("segments")
+def test_mask_and_segment_ids(rng, operator):
+    inputs, log_decay = draw(rng, 80, "per_token", dim=16, value_dim=16, batch=1)
+    mask = rng.random(80) < 0.7
+    ids = np.repeat([0, 1, 2], [20, 33, 27])
+    hidden = [np.where(mask[None, :, None, None], x, np.nan) for x in inputs]
+    output = ops.higher_order_attention(
+        *map(keras.ops.convert_to_tensor, hidden),
+        operator,
+        log_decay=log_decay,
+        mask=mask[None],
+        segment_ids=ids[None],
+        **KERNELS,
+    )
+    assert not to_numpy(output)[:, ~mask].any()
+    for n in range(3):  # each document alone, without what does not count
+        kept = mask & (ids == n)
+        alone = Reference(serial, operator, [x[:, kept] for x in inputs], log_decay[:, kept])
+        assert relative_error(output[:, kept], alone.output) <= FORWARD
+
+
+@every_operator
+@pytest.mark.usefixtures("segments")
+def test_causality_is_bitwise(rng, operator):
+    inputs, log_decay = draw(rng, 90, "per_token", dim=16, value_dim=16, batch=1)
+    changed = [x.copy() for x in inputs]
+    for x in changed:
+        x[:, 50] += 1
+
+    def read(arrays):
+        tensors = map(keras.ops.convert_to_tensor, arrays)
+        return to_numpy(
+            ops.higher_order_attention(*tensors, operator, log_decay=log_decay, **KERNELS)
+        )
+
+    before, after = read(inputs), read(changed)
+    assert np.array_equal(before[:, :50], after[:, :50])
+    assert not np.array_equal(before[:, 50:], after[:, 50:])
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_layer(rng, policy):
+    keras.config.set_dtype_policy(policy)
+    options = {"num_heads": 2, "key_dim": 16, "decay": "input", "conv_kernel_size": 4}
+    fused = layers.HLA(**options, implementation="triton")
+    portable = layers.HLA(**options, implementation="portable")
+    x = rng.standard_normal((2, 70, 16)).astype("float32")
+    expected = portable(x)
+    fused.build(x.shape)
+    fused.set_weights(portable.get_weights())
+    tolerance = FORWARD if policy == "float32" else 2e-2
+    assert relative_error(fused(x).detach(), expected.detach()) <= tolerance
+    assert fused.implementation_for(expected) == ("triton", "it was asked for")
+    again = layers.HLA.from_config(fused.get_config())
+    assert again.implementation == "triton"
+
+
+def test_second_gradients_are_refused(rng):
+    inputs, _ = draw(rng, 20, "none", dim=16, value_dim=16)
+    tensors = to_tensors(inputs)
+    output = ops.higher_order_attention(*tensors, **KERNELS)
+    with pytest.raises(RuntimeError, match="no gradients of gradients"):
+        torch.autograd.grad(output.sum(), tensors, create_graph=True)
+
+
+def test_the_interpreter_is_never_chosen():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")  # where the choice is the kernels, or another reason
+    assert kernels.choose() == ("portable", "the interpreter of the kernels is slow")
