@@ -113,26 +113,32 @@ def backward_kernel(
             A = scores(q, k, sums, rests, 1, True, DECAYS, PRECISION)
             if S_used:
                 S = load_rows(S_chunks, DIM, DIM, DIM, BLOCK, BLOCK)
-                leftT = mix(kT, tl.trans(A), S, qT, zero, from_start, 1, DECAYS, PRECISION)
+                leftT = mix(kT, tl.trans(A), S, qT, zero, from_start, 1, False, DECAYS, PRECISION)
                 leftT = leftT.to(PRODUCT)
             if P_used:
                 P = load_rows(P_chunks, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
-                rightT = mix(vT, tl.trans(A), P, qT, value_zero, from_start, 1, DECAYS, PRECISION)
+                rightT = mix(
+                    vT, tl.trans(A), P, qT, value_zero, from_start, 1, False, DECAYS, PRECISION
+                )
                 rightT = rightT.to(PRODUCT)
             # Of the last pass.
             left, right = tl.trans(leftT), tl.trans(rightT)
             dB = scores(g, right, sums, rests, F_power, True, DECAYS, PRECISION)
-            dleftT = mix(qT, dB, tl.trans(dF), rightT, zero, to_end, F_power, DECAYS, PRECISION)
+            dleftT = mix(
+                qT, dB, tl.trans(dF), rightT, zero, to_end, F_power, True, DECAYS, PRECISION
+            )
             if LEVEL == 3 or P_used:
                 B = scores(q, left, sums, rests, F_power, True, DECAYS, PRECISION)
-                drightT = mix(gT, B, dF, leftT, value_zero, to_end, F_power, DECAYS, PRECISION)
+                drightT = mix(
+                    gT, B, dF, leftT, value_zero, to_end, F_power, True, DECAYS, PRECISION
+                )
             if LEVEL == 3:
                 if not P_used:
                     dv = tl.trans(drightT)
                     store_rows(dvalue, stride, count, dv, VALUE_DIM, CHUNK, VALUE_BLOCK)
                 F = load_rows(F_chunks, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
                 dqT = mix(
-                    leftT, tl.trans(dB), tl.trans(F), gT, zero, from_start, F_power, DECAYS,
+                    leftT, tl.trans(dB), tl.trans(F), gT, zero, from_start, F_power, False, DECAYS,
                     PRECISION,
                 )  # fmt: skip
         dF = advance(dF, gT, q, from_start, total, F_power, DECAYS, PRECISION)
@@ -147,11 +153,11 @@ def backward_kernel(
             du = tl.trans(duT)
             if LEVEL == 3:
                 dA = scores(k, du, sums, rests, 1, False, DECAYS, PRECISION)
-                dqT = mix(kT, dA, S, duT, dqT, from_start, 1, DECAYS, PRECISION)
-                dkT = mix(qT, tl.trans(dA), dS, kT, zero, to_end, 1, DECAYS, PRECISION)
+                dqT = mix(kT, dA, S, duT, dqT, from_start, 1, False, DECAYS, PRECISION)
+                dkT = mix(qT, tl.trans(dA), dS, kT, zero, to_end, 1, False, DECAYS, PRECISION)
                 if DECAYS:
                     flow -= tl.sum(kT * dkT, 0)
-                dkT = mix(duT, A, tl.trans(dS), kT, dkT, to_end, 1, DECAYS, PRECISION)
+                dkT = mix(duT, A, tl.trans(dS), kT, dkT, to_end, 1, False, DECAYS, PRECISION)
             dS = advance(dS, qT, du, from_start, total, 1, DECAYS, PRECISION)
             if LEVEL == 3 and DECAYS:
                 before, qdq = qdq, tl.sum(qT * dqT, 0)
@@ -161,14 +167,16 @@ def backward_kernel(
             drT = drightT.to(PRODUCT)
             if LEVEL == 3:
                 dA = scores(v, tl.trans(drT), sums, rests, 1, False, DECAYS, PRECISION)
-                dqT = mix(kT, dA, tl.trans(P), drT, dqT, from_start, 1, DECAYS, PRECISION)
+                dqT = mix(kT, dA, tl.trans(P), drT, dqT, from_start, 1, False, DECAYS, PRECISION)
                 dkT = dkT if S_used else dleftT
                 if DECAYS:
                     flow += tl.sum(kT * dkT, 0)
-                dkT = mix(qT, tl.trans(dA), tl.trans(dP), vT, dkT, to_end, 1, DECAYS, PRECISION)
+                dkT = mix(
+                    qT, tl.trans(dA), tl.trans(dP), vT, dkT, to_end, 1, False, DECAYS, PRECISION
+                )
                 if DECAYS:
                     flow -= tl.sum(kT * dkT, 0)
-                dvT = mix(drT, A, dP, kT, value_zero, to_end, 1, DECAYS, PRECISION)
+                dvT = mix(drT, A, dP, kT, value_zero, to_end, 1, False, DECAYS, PRECISION)
                 dv = tl.trans(dvT)
                 store_rows(dvalue, stride, count, dv, VALUE_DIM, CHUNK, VALUE_BLOCK)
             dP = advance(dP, drT, q, from_start, total, 1, DECAYS, PRECISION)

@@ -112,14 +112,14 @@ def forward_kernel(
             left, rightT = k, tl.trans(v)
             A = tl.trans(scores(q, k, sums, rests, 1, True, DECAYS, PRECISION))
             if S_used:
-                uT = mix(tl.trans(k), A, S, qT, zero, from_start, 1, DECAYS, PRECISION)
+                uT = mix(tl.trans(k), A, S, qT, zero, from_start, 1, False, DECAYS, PRECISION)
                 left = tl.trans(uT.to(PRODUCT))
             if P_used:
-                rT = mix(tl.trans(v), A, P, qT, value_zero, from_start, 1, DECAYS, PRECISION)
+                rT = mix(tl.trans(v), A, P, qT, value_zero, from_start, 1, False, DECAYS, PRECISION)
                 rightT = rT.to(PRODUCT)
             if LEVEL == 3:
                 B = tl.trans(scores(q, left, sums, rests, F_power, True, DECAYS, PRECISION))
-                oT = mix(rightT, B, F, qT, value_zero, from_start, F_power, DECAYS, PRECISION)
+                oT = mix(rightT, B, F, qT, value_zero, from_start, F_power, True, DECAYS, PRECISION)
                 stride = heads * VALUE_DIM
                 store_rows(output, stride, count, tl.trans(oT), VALUE_DIM, CHUNK, VALUE_BLOCK)
             F = advance(F, rightT, left, to_end, total, F_power, DECAYS, PRECISION)

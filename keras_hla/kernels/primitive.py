@@ -58,19 +58,27 @@ def mix(
     added,
     log_factor,
     POWER: tl.constexpr,
+    REFINE: tl.constexpr,
     DECAYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`Zᵀ scores + state Xᵀ diag(exp(p log_factor)) + added`, `(features, tokens)`, float32.
 
-    All outputs and gradients of the primitive have this form.
+    All outputs and gradients of the primitive have this form. To refine is to take in what the
+    state loses to rounding, by a product of its own.
     """
-    state = state.to(xT.dtype)
+    rounded = state.to(xT.dtype)
     if DECAYS:
-        product = tl.dot(state, xT, input_precision=PRECISION)
+        product = tl.dot(rounded, xT, input_precision=PRECISION)
+        if REFINE and xT.dtype != tl.float32:
+            lost = (state - rounded.to(tl.float32)).to(xT.dtype)
+            product = tl.dot(lost, xT, product, input_precision=PRECISION)
         added += product * tl.exp(POWER * log_factor)[None, :]
     else:
-        added = tl.dot(state, xT, added, input_precision=PRECISION)
+        added = tl.dot(rounded, xT, added, input_precision=PRECISION)
+        if REFINE and xT.dtype != tl.float32:
+            lost = (state - rounded.to(tl.float32)).to(xT.dtype)
+            added = tl.dot(lost, xT, added, input_precision=PRECISION)
     return tl.dot(zT, scores, added, input_precision=PRECISION)
 
 
