@@ -23,6 +23,7 @@ def test_auto_gives_a_reason():
         ({"operator": "hla2_published"}, "not HLA2Published"),
         ({"dtype": "float64"}, "take bfloat16, float16 and float32, not float64"),
         ({"key_dim": 256}, r"up to 128, not \(256, 64\)"),
+        ({"key_dim": 128, "decays": True}, r"with decays they take .* up to 64, not \(128, 64\)"),
         ({"form": "recurrent"}, "form='recurrent'"),
         ({"causal": False}, "causal=False"),
         ({"normalize": True}, "normalize=True"),

@@ -12,6 +12,7 @@ IMPLEMENTATIONS = ("auto", "portable", "triton")
 # The operators that the kernels know, by the name that they know.
 KERNEL_OPERATORS = {operators.HLA2(): "hla2", operators.AHLA(): "ahla", operators.HLA3(): "hla3"}
 _LARGEST_DIM = 128
+_LARGEST_DIM_WITH_DECAYS = 64
 
 
 class Choice(NamedTuple):
@@ -27,6 +28,7 @@ def choose(
     key_dim=64,
     value_dim=64,
     implementation="auto",
+    decays=False,
     tensor=None,
     form="chunked",
     causal=True,
@@ -41,6 +43,7 @@ def choose(
         key_dim: Size of each query and key head.
         value_dim: Size of each value head.
         implementation: `"auto"`, `"portable"` or `"triton"`.
+        decays: Whether there are log-decays, or segments, which need them.
         tensor: A tensor, to ask for its device and whether its shape is known.
             `None` is the device on which Keras makes tensors, and a known shape.
         form: As in `higher_order_attention`, as are the arguments after it.
@@ -65,7 +68,7 @@ def choose(
         return Choice("portable", "it was asked for")
     operator = operators.get(operator)
     obstacle = (
-        _outside_of_kernels(operator, dtype, (key_dim, value_dim))
+        _outside_of_kernels(operator, dtype, (key_dim, value_dim), decays)
         or _outside_of_form(form, causal, normalize, chunk_size)
         or device.why_not(tensor)
     )
@@ -76,18 +79,36 @@ def choose(
                 "Use 'auto' or 'portable'. Received: implementation='triton'"
             )
         return Choice("triton", "it was asked for")
-    obstacle = obstacle or device.why_not_faster(dtype, tensor)
+    obstacle = (
+        obstacle
+        or device.why_not_faster(tensor)
+        or _not_known_to_be_faster(operator, dtype, (key_dim, value_dim), decays)
+    )
     return Choice("portable", obstacle) if obstacle else Choice("triton", "it is faster here")
 
 
-def _outside_of_kernels(operator, dtype, dims):
+def _outside_of_kernels(operator, dtype, dims, decays):
     if operator not in KERNEL_OPERATORS:
         return f"they know {sorted(KERNEL_OPERATORS.values())}, without options, not {operator}"
     dtype = keras.backend.standardize_dtype(dtype)
     if dtype not in ("bfloat16", "float16", "float32"):
         return f"they take bfloat16, float16 and float32, not {dtype}"
-    if max(dims) > _LARGEST_DIM:
-        return f"they take `key_dim` and `value_dim` up to {_LARGEST_DIM}, not {dims}"
+    largest = _LARGEST_DIM_WITH_DECAYS if decays else _LARGEST_DIM
+    if max(dims) > largest:
+        condition = "with decays they" if decays else "they"
+        return f"{condition} take `key_dim` and `value_dim` up to {largest}, not {dims}"
+    return None
+
+
+def _not_known_to_be_faster(operator, dtype, dims, decays):
+    """What was not measured beside the portable path, or not checked on a GPU."""
+    dtype = keras.backend.standardize_dtype(dtype)
+    if dtype != "bfloat16":
+        return f"the kernels are known to be faster in bfloat16 alone, not in {dtype}"
+    if decays:
+        return "the kernels are known to be faster without decays alone"
+    if max(dims) > 64 and operator != operators.HLA2():
+        return f"with dims over 64 the kernels are known to be faster for hla2, not {operator}"
     return None
 
 

@@ -25,7 +25,7 @@ def why_not(tensor):
     return None if _has_gpu(tensor) else "there is no CUDA GPU"
 
 
-def why_not_faster(dtype, tensor):
+def why_not_faster(tensor):
     """Why the portable path is chosen where the kernels can run, or `None`."""
     if not _has_gpu(tensor):
         return "the interpreter of the kernels is slow"

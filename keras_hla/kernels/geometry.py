@@ -33,19 +33,19 @@ class Geometry:
     @property
     def chunk(self):
         """Tokens of a chunk: as many as the registers hold the scores of."""
-        if self.product_dtype == "float32":
-            return 32 if self._block <= 64 else 16
-        return 32 if self.decays else 64
+        if self.product_dtype == "bfloat16":
+            return 64
+        return 32 if self._block <= 64 else 16
 
     def options(self, kernel):
         """How a kernel is compiled. Four warps hold a state of 64 x 64, eight one of 128 x 128."""
-        warps = 4 if self._block <= 64 else 8
-        stages = {"forward": 3, "backward": 2 if self.operator == "hla3" else 3}[kernel]
-        if self._block > 64:
-            stages = 2 if kernel == "forward" else 1
         if self.product_dtype == "float32":
-            stages = 1
-        return {"num_warps": warps, "num_stages": stages}
+            # Loads ahead of their chunk gave wrong gradients where there is decay.
+            return {"num_warps": 4 if self._block <= 64 else 8, "num_stages": 1}
+        if self._block > 64:
+            return {"num_warps": 8, "num_stages": 2 if kernel == "forward" else 1}
+        few = self.operator == "hla3" and kernel == "backward"
+        return {"num_warps": 4, "num_stages": 2 if few else 3}
 
     @property
     def _block(self):
@@ -96,9 +96,10 @@ class Geometry:
 
     @property
     def product_dtype(self):
-        """The dtype of the products' operands: that of the inputs, but of a wide range."""
-        # The interpreter multiplies no bfloat16.
-        return "bfloat16" if self.dtype == "bfloat16" and not interpreted() else "float32"
+        """The dtype of the products' operands: of a wide range, and exact for decays."""
+        if self.dtype != "bfloat16" or self.decays or interpreted():
+            return "float32"  # The interpreter multiplies no bfloat16.
+        return "bfloat16"
 
     def sequence(self, dim, dtype=None):
         """The shape and dtype of a sequence of the query heads."""

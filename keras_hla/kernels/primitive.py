@@ -36,14 +36,9 @@ def scores(
     if not ROWS_READ:
         past = index[:, None] <= index[None, :]
     if DECAYS:
-        if x.dtype == tl.float32:
-            exponent = coarse[:, None] - coarse[None, :] + (rest[:, None] - rest[None, :])
-            exponent *= POWER * 1.4426950408889634
-        else:  # to which the two parts make no difference
-            total = (coarse + rest) * (POWER * 1.4426950408889634)
-            exponent = total[:, None] - total[None, :]
+        exponent = coarse[:, None] - coarse[None, :] + (rest[:, None] - rest[None, :])
         exponent = exponent if ROWS_READ else -exponent
-        product = tl.where(past, product * tl.exp2(tl.minimum(exponent, 0.0)), 0.0)
+        product = tl.where(past, product * tl.exp(POWER * tl.minimum(exponent, 0.0)), 0.0)
     else:
         product = tl.where(past, product, 0.0)
     return product.to(x.dtype)

@@ -224,7 +224,7 @@ class HLA(keras.layers.Layer):
         memory, context = cell.split_states(states)
         inputs, context = cell.project(sequences, context, mask, starts)
         query, key, value, log_decay = inputs
-        implementation, _ = self.implementation_for(sequences)
+        implementation, _ = self.implementation_for(sequences, segmented=starts is not None)
         if implementation == "triton":
             query, key, value = (ops.cast(x, self.compute_dtype) for x in (query, key, value))
         output = higher_order_attention(
@@ -246,11 +246,12 @@ class HLA(keras.layers.Layer):
             output, memory = output
         return cell.finish(output, sequences), (*memory, *context.values())
 
-    def implementation_for(self, sequences=None):
+    def implementation_for(self, sequences=None, segmented=False):
         """What evaluates the operator, and why, as `keras_hla.kernels.choose` tells.
 
         Args:
             sequences: Tensor like those of a call, for its device and known shape.
+            segmented: Whether the call has `segment_ids`.
         """
         cell = self.cell
         return kernels.choose(
@@ -259,6 +260,7 @@ class HLA(keras.layers.Layer):
             key_dim=cell.key_dim,
             value_dim=cell.value_dim,
             implementation=self.implementation,
+            decays=cell.decay is not None or segmented,
             tensor=sequences,
             causal=self.causal,
             normalize=cell.normalize,

@@ -143,6 +143,7 @@ def higher_order_attention(
         key_dim=inputs.query.shape[-1],
         value_dim=inputs.value.shape[-1],
         implementation=implementation,
+        decays=inputs.log_decay is not None,
         tensor=inputs.query,
         form=form,
         causal=causal,
