@@ -144,6 +144,21 @@ def test_layer(rng, policy):
     assert again.implementation == "triton"
 
 
+def test_within_what_torch_compiles(rng):
+    inputs, _ = draw(rng, 40, "none", dim=16, value_dim=16)
+
+    def function(q, k, v):
+        return 2 * ops.higher_order_attention(q, k, v, **KERNELS)
+
+    expected = Reference(serial, "hla2", inputs, None)
+    tensors = to_tensors(inputs)
+    output = torch.compile(function, backend="aot_eager")(*tensors)
+    found = torch.autograd.grad(output.sum(), tensors)
+    assert relative_error(output.detach(), 2 * expected.output) <= FORWARD
+    for a, e in zip(found, expected.gradients(np.full(output.shape, 2.0)), strict=True):
+        assert relative_error(a, e) <= GRADIENT
+
+
 def test_second_gradients_are_refused(rng):
     inputs, _ = draw(rng, 20, "none", dim=16, value_dim=16)
     tensors = to_tensors(inputs)

@@ -13,7 +13,7 @@ def attention(operator, inputs, state):
     Args:
         operator: One of those that the kernels know.
         inputs: `keras_hla.ops.inputs.Inputs`.
-        state: List of states, or `None`.
+        state: List of states, or `None`. `S` is taken as symmetric, as sums of `k kᵀ` are.
 
     Returns:
         The output, `(batch, length, heads, value_dim)`, and the list of states.

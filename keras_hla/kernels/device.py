@@ -45,7 +45,8 @@ def _has_gpu(tensor):
     if keras.config.backend() == "jax":
         import jax
 
-        return jax.default_backend() == "gpu"
+        default = jax.config.jax_default_device  # a device, its platform, or None
+        return getattr(default, "platform", default or jax.default_backend()) in ("gpu", "cuda")
     import torch
 
     if tensor is not None:

@@ -17,6 +17,7 @@ _KERNELS = {
 }
 
 
+@torch.compiler.disable  # which breaks the graph here: the kernels are compiled already
 def attention(geometry, query, key, value, log_decay, states):
     """Returns the output and the states after it, `(S, P, F)`.
 
