@@ -1,5 +1,7 @@
 """The kernels against the float64 definitions: on a GPU if there is one, else interpreted."""
 
+import warnings
+
 from backends import relative_error, to_numpy
 from definitions import Reference, serial
 from family import FORWARD, GRADIENT, attend_with_gradients, draw, like
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import keras_hla
 from keras_hla import kernels, layers, ops
 from keras_hla.kernels import geometry
 
@@ -62,6 +65,56 @@ def test_without_states(rng, operator):
     )
     assert relative_error(output, expected.output) <= FORWARD
     for a, e in zip(found, expected.gradients(weight), strict=True):
+        assert relative_error(a, e) <= GRADIENT
+
+
+@every_operator
+@pytest.mark.parametrize("shape", [(1, 45, 1), (2, 45, 1), (1, 45, 4), (2, 45, 2)])
+def test_shared_keys_and_decays(rng, operator, shape):
+    """States in and out, and gradients, where heads share keys and decays."""
+    (q, k, v), _ = draw(rng, 45, "none", 4, 2, dim=16, value_dim=16)
+    log_decay = np.log(rng.uniform(0.8, 1, shape)).astype("float32")
+    moments = 4 if shape[2] == 4 else 2
+    sizes = {"S": moments, "P": moments}
+    names = {"hla2": "SF", "ahla": "PF", "hla3": "SPF"}[operator]
+    state = like(rng, [np.empty((2, sizes.get(name, 4), 16, 16)) for name in names])
+    if operator != "ahla":
+        state[0] = state[0] @ np.swapaxes(state[0], -1, -2)
+
+    def call(implementation):
+        tensors = to_tensors([q / 4, k / 4, v, log_decay, *state])
+        output, last = ops.higher_order_attention(
+            *tensors[:3],
+            operator,
+            log_decay=tensors[3],
+            initial_state=tensors[4:],
+            return_state=True,
+            implementation=implementation,
+        )
+        loss = sum((x * torch.cos(torch.arange(x.numel())).reshape(x.shape)).sum() for x in last)
+        return [output, *last, *torch.autograd.grad(output.sum() + loss, tensors)]
+
+    # The portable path is held to the definitions for these shapes in test_operators.py.
+    for a, e in zip(call("triton"), call("portable"), strict=True):
+        assert relative_error(a.detach(), e.detach()) <= GRADIENT
+
+
+@every_operator
+@pytest.mark.parametrize("place", [0, 1])
+def test_gradients_of_one_state(rng, operator, place):
+    """A loss that reads one of the states alone, and no output."""
+    inputs, log_decay = draw(rng, 40, "per_token", dim=16, value_dim=16)
+    expected = Reference(serial, operator, inputs, log_decay)
+    weights = [np.zeros_like(x) for x in expected.states]
+    weights[place] = rng.standard_normal(weights[place].shape)
+    tensors = to_tensors([*inputs, log_decay])
+    _, last = ops.higher_order_attention(
+        *tensors[:3], operator, log_decay=tensors[3], return_state=True, **KERNELS
+    )
+    weight = keras.ops.convert_to_tensor(weights[place], "float32")
+    found = torch.autograd.grad((last[place] * weight).sum(), tensors)
+    wanted = expected.gradients(np.zeros_like(expected.output), weights)
+    for a, e in zip(found, wanted, strict=True):
         assert relative_error(a, e) <= GRADIENT
 
 
@@ -157,6 +210,30 @@ def test_within_what_torch_compiles(rng):
     assert relative_error(output.detach(), 2 * expected.output) <= FORWARD
     for a, e in zip(found, expected.gradients(np.full(output.shape, 2.0)), strict=True):
         assert relative_error(a, e) <= GRADIENT
+
+
+def test_generation_takes_steps():
+    """One token is a step, whose trace needs no kernel, whatever was asked for."""
+    tokens = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(16, 16)(tokens)
+    x = layers.HLADecoderBlock(1, 16, implementation="triton")(x)
+    model = keras.Model(tokens, keras.layers.Dense(16)(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of a trace that fails
+        fused = keras_hla.generate(model, [1, 2, 3], 5, temperature=0)
+    model.layers[2].mixer.implementation = "portable"
+    whole = [1, 2, 3]
+    for _ in range(5):
+        whole.append(int(keras.ops.argmax(model(np.asarray([whole]))[0, -1])))
+    assert fused.tolist() == whole[3:]
+
+
+def test_nothing_to_compute():
+    for shape in ((1, 0, 2, 16), (0, 5, 2, 16)):
+        q = keras.ops.zeros(shape)
+        assert kernels.choose(dtype="float32", tensor=q).implementation == "portable"
+        with pytest.raises(ValueError, match="there is nothing to compute"):
+            ops.higher_order_attention(q, q, q, **KERNELS)
 
 
 def test_second_gradients_are_refused(rng):

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_hla.kernels.choice import KERNEL_OPERATORS
+from keras_hla.kernels.choice import kernel_name
 from keras_hla.kernels.geometry import Geometry
 
 
@@ -23,7 +23,7 @@ def attention(operator, inputs, state):
         log_decay = ops.repeat(log_decay, query.shape[2] // log_decay.shape[2], axis=2)
     batch, length, heads, dim = query.shape
     geometry = Geometry(
-        operator=KERNEL_OPERATORS[operator],
+        operator=kernel_name(operator),
         batch=batch,
         length=length,
         heads=heads,

@@ -9,8 +9,7 @@ from keras_hla.checks import check_choice
 from keras_hla.kernels import device
 
 IMPLEMENTATIONS = ("auto", "portable", "triton")
-# The operators that the kernels know, by the name that they know.
-KERNEL_OPERATORS = {operators.HLA2(): "hla2", operators.AHLA(): "ahla", operators.HLA3(): "hla3"}
+_OPERATORS = {"hla2": operators.HLA2(), "ahla": operators.AHLA(), "hla3": operators.HLA3()}
 _LARGEST_DIM = 128
 _LARGEST_DIM_WITH_DECAYS = 64
 
@@ -45,14 +44,16 @@ def choose(
         implementation: `"auto"`, `"portable"` or `"triton"`.
         decays: Whether there are log-decays, or segments, which need them.
         tensor: A tensor, to ask for its device and whether its shape is known.
-            `None` is the device on which Keras makes tensors, and a known shape.
+            Its first axes are batch and length. `None` is the device on which Keras
+            makes tensors, and a known shape.
         form: As in `higher_order_attention`, as are the arguments after it.
         causal: As in `higher_order_attention`.
         normalize: As in `higher_order_attention`.
         chunk_size: As in `higher_order_attention`.
 
     Returns:
-        The named tuple `(implementation, reason)`.
+        The named tuple `(implementation, reason)`. A single token is always a step of
+        the portable path.
 
     Raises:
         ValueError: if `implementation="triton"` cannot run that, with the reason.
@@ -66,6 +67,8 @@ def choose(
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "portable":
         return Choice("portable", "it was asked for")
+    if tensor is not None and tensor.shape[1] == 1 and form == "chunked":
+        return Choice("portable", "a single token is a step, not a sequence")
     operator = operators.get(operator)
     obstacle = (
         _outside_of_kernels(operator, dtype, (key_dim, value_dim), decays)
@@ -88,8 +91,8 @@ def choose(
 
 
 def _outside_of_kernels(operator, dtype, dims, decays):
-    if operator not in KERNEL_OPERATORS:
-        return f"they know {sorted(KERNEL_OPERATORS.values())}, without options, not {operator}"
+    if kernel_name(operator) is None:
+        return f"they know {sorted(_OPERATORS)}, without options, not {operator}"
     dtype = keras.backend.standardize_dtype(dtype)
     if dtype not in ("bfloat16", "float16", "float32"):
         return f"they take bfloat16, float16 and float32, not {dtype}"
@@ -107,8 +110,16 @@ def _not_known_to_be_faster(operator, dtype, dims, decays):
         return f"the kernels are known to be faster in bfloat16 alone, not in {dtype}"
     if decays:
         return "the kernels are known to be faster without decays alone"
-    if max(dims) > 64 and operator != operators.HLA2():
-        return f"with dims over 64 the kernels are known to be faster for hla2, not {operator}"
+    if min(dims) < 64 or (max(dims) > 64 and kernel_name(operator) != "hla2"):
+        return f"the kernels are known to be faster for dims of 64, and 128 in hla2, not for {dims}"
+    return None
+
+
+def kernel_name(operator):
+    """The kernels' name of an operator, or `None`."""
+    for name, known in _OPERATORS.items():
+        if type(operator) is type(known) and operator == known:
+            return name
     return None
 
 

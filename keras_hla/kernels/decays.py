@@ -21,11 +21,13 @@ def decay_kernel(
     They come in two parts, as in `keras_hla.scan`: sums of whole 256ths are exact, those
     of the rests small, so that differences are accurate however long the sums are.
     """
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    program = tl.program_id(0).to(tl.int64)
+    chunks = tl.cdiv(length, CHUNK)
+    row, chunk = program // chunks, program % chunks
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     start = log_decay + row // heads * batch_stride + row % heads * head_stride
-    x = tl.load(start + token.to(tl.int64) * token_stride, mask=token < length, other=0.0)
+    x = tl.load(start + token * token_stride, mask=token < length, other=0.0)
     whole = tl.floor(x * 256 + 0.5) / 256
-    place = row * tl.num_programs(1) * CHUNK + token
+    place = row * chunks * CHUNK + token
     tl.store(coarse + place, tl.cumsum(whole, 0))
     tl.store(rest + place, tl.cumsum(x - whole, 0))

@@ -5,8 +5,9 @@ import os
 
 import keras
 
-# The kernels' sizes suit the memory of these chips.
-_CAPABILITY = (9, 0)
+# Where the kernels were measured.
+_MEASURED = "9.0"
+_FEWEST_TOKENS = 16_384
 
 
 def why_not(tensor):
@@ -15,24 +16,27 @@ def why_not(tensor):
     needed = {"torch": ("triton",), "jax": ("triton", "jax_triton")}.get(backend)
     if needed is None:
         return f"they are for PyTorch and JAX, not {backend}"
-    if tensor is not None and not all(isinstance(n, int) for n in tensor.shape):
-        return "they need a known batch size and length"
+    if tensor is not None:
+        if not all(isinstance(n, int) for n in tensor.shape):
+            return "they need a known batch size and length"
+        if 0 in tensor.shape:
+            return "there is nothing to compute"
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         return f"the package {missing[0]} is not installed"
     if backend == "torch" and interpreted():
         return None
-    return None if _has_gpu(tensor) else "there is no CUDA GPU"
+    return None if _capability(tensor) else "there is no CUDA GPU"
 
 
 def why_not_faster(tensor):
     """Why the portable path is chosen where the kernels can run, or `None`."""
-    if not _has_gpu(tensor):
+    if interpreted():
         return "the interpreter of the kernels is slow"
-    if tensor is not None and tensor.shape[1] == 1:
-        return "a single token is one step"
-    if _capability() != _CAPABILITY:
-        return "the kernels were measured on GPUs of compute capability 9.0 alone"
+    if _capability(tensor) != _MEASURED:
+        return f"the kernels were measured on GPUs of compute capability {_MEASURED} alone"
+    if tensor is not None and tensor.shape[0] * tensor.shape[1] < _FEWEST_TOKENS:
+        return f"the kernels were measured from {_FEWEST_TOKENS} tokens of a batch on"
     return None
 
 
@@ -41,24 +45,26 @@ def interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _has_gpu(tensor):
+def _capability(tensor):
+    """The compute capability of the CUDA GPU on which a tensor is, as in "9.0", or `None`."""
     if keras.config.backend() == "jax":
-        import jax
-
-        default = jax.config.jax_default_device  # a device, its platform, or None
-        return getattr(default, "platform", default or jax.default_backend()) in ("gpu", "cuda")
+        device = _jax_device(tensor)
+        cuda = "nvidia" in device.device_kind.lower() and device.platform in ("gpu", "cuda")
+        return device.compute_capability if cuda else None
     import torch
 
-    if tensor is not None:
-        return tensor.device.type == "cuda"
-    return torch.cuda.is_available()
+    if torch.version.hip or not torch.cuda.is_available():
+        return None
+    device = None if tensor is None else tensor.device
+    if device is not None and device.type != "cuda":
+        return None
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
-def _capability():
-    if keras.config.backend() == "jax":
-        import jax
+def _jax_device(tensor):
+    import jax
 
-        return tuple(int(n) for n in jax.devices("gpu")[0].compute_capability.split("."))
-    import torch
-
-    return torch.cuda.get_device_capability()
+    if tensor is not None and not isinstance(tensor, jax.core.Tracer):
+        return next(iter(tensor.devices()))
+    default = getattr(jax.config, "jax_default_device", None)  # or its platform, or None
+    return default if hasattr(default, "platform") else jax.devices(default)[0]

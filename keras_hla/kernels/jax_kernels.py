@@ -37,8 +37,18 @@ def _forward(geometry, query, key, value, log_decay, states):
 
 def _backward(geometry, residuals, gradients):
     query, key, value, log_decay, states, saved = residuals
+    gradient, state_gradients = gradients
     dquery, dkey, dvalue, dlog_decay, dstates = launch.gradients(
-        _run, geometry, query, key, value, log_decay, saved, *gradients
+        _run,
+        geometry,
+        query,
+        key,
+        value,
+        log_decay,
+        saved,
+        gradient,
+        state_gradients,
+        jnp.zeros,
     )
     dkey, dvalue = (_sum_groups(x, key) for x in (dkey, dvalue))
     if dlog_decay is not None:

@@ -42,7 +42,7 @@ def evaluate(run, geometry, query, key, value, log_decay, states, save):
     return output, tuple(rest[:3]), tuple(rest[3:])
 
 
-def gradients(run, geometry, query, key, value, log_decay, saved, gradient, states):
+def gradients(run, geometry, query, key, value, log_decay, saved, gradient, states, zeros):
     """Returns the gradients of query, key, value and log-decay, and of the states before.
 
     Each query head has gradients of its own, of shared keys, values and decays too.
@@ -51,9 +51,16 @@ def gradients(run, geometry, query, key, value, log_decay, saved, gradient, stat
         saved: from `evaluate`.
         gradient: that of the output.
         states: those of the states after the last token; `None` is zero.
+        zeros: `zeros(shape, dtype)`, a tensor.
     """
     decays = sum_decays(run, geometry, log_decay)
     inputs = (query, key, value, *decays, gradient, *saved)
+    if tuple(states) != _NONE:  # a kernel reads all or none
+        specs = geometry.states(1)
+        states = tuple(
+            zeros(*spec) if x is None and spec is not None else x
+            for x, spec in zip(states, specs, strict=True)
+        )
 
     def level(level, entering, outputs):
         constants = {"LEVEL": level, "ENTERING": entering != _NONE}
@@ -83,9 +90,10 @@ def sum_decays(run, geometry, log_decay):
     batch, length, heads = log_decay.shape
     strides = (length * heads if batch > 1 else 0, heads, 1 if heads > 1 else 0)
     shape = (geometry.rows, geometry.chunks, geometry.chunk)
+    grid = (geometry.rows * geometry.chunks,)
     numbers = (geometry.length, geometry.heads, *strides)
     outputs = [(shape, "float32")] * 2
-    return run("decay", shape[:2], (log_decay,), numbers, outputs, {"CHUNK": geometry.chunk}, {})
+    return run("decay", grid, (log_decay,), numbers, outputs, {"CHUNK": geometry.chunk}, {})
 
 
 def _run_level(run, geometry, kernel, inputs, outputs, constants):

@@ -65,6 +65,7 @@ class _Attention(torch.autograd.Function):
             saved,
             gradient,
             state_gradients,
+            lambda shape, dtype: query.new_zeros(shape, dtype=getattr(torch, dtype)),
         )
         dkey, dvalue = (_sum_groups(x, key) for x in (dkey, dvalue))
         if dlog_decay is not None:
