@@ -1,6 +1,5 @@
 """Under JAX and torch, ONNX and LiteRT files are refused with the command that writes them."""
 
-import keras
 import pytest
 from scripts import run_python
 from test_formats import check_pieces, make
@@ -16,8 +15,6 @@ def test_refused_with_what_works():
 
 
 def test_the_command(tmp_path):
-    if keras.config.backend() == "jax":  # TensorFlow loads files of JAX in test_interchange.py.
-        return
     model, path = make("hla3"), tmp_path / "model.keras"
     model.save(path)
     run_python("-m", "keras_hla.export", path, tmp_path / "step.onnx", "--step")
