@@ -164,11 +164,7 @@ def compiled_scan(step, variables, output_dtype=None):
     if keras.config.backend() == "torch":
         from keras_hla.torch_loop import TracedLoop
 
-        def step_of_values(values, state, entries):
-            with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
-                return step(state, entries)
-
-        loop = TracedLoop(step_of_values)
+        loop = TracedLoop(stateless(step, variables))
         return lambda state, inputs: loop([v.value for v in variables], state, inputs)
 
     def scan(state, inputs):

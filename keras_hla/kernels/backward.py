@@ -35,7 +35,9 @@ def backward_kernel(
     dP_leaving,
     dF_leaving,
     # known when compiled
-    OPERATOR: tl.constexpr,
+    S_USED: tl.constexpr,
+    P_USED: tl.constexpr,
+    F_POWER: tl.constexpr,
     LEVEL: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -54,9 +56,6 @@ def backward_kernel(
     `P`, given that of `F` after the segment; level 3 computes the gradients of the
     inputs, given those of all states after it. States are named as in `forward_kernel`.
     """
-    S_used: tl.constexpr = OPERATOR != "ahla"
-    P_used: tl.constexpr = OPERATOR != "hla2"
-    F_power: tl.constexpr = 3 if OPERATOR == "hla3" else (2 if OPERATOR == "hla2" else 1)
     program = tl.program_id(0)
     segment = program % segments
     row = (program // segments).to(tl.int64)
@@ -89,9 +88,9 @@ def backward_kernel(
     if ENTERING and LEVEL > 1:
         start = dF_entering + place * DIM * VALUE_DIM
         dF = load_rows(start, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
-        if S_used and LEVEL == 3:
+        if S_USED and LEVEL == 3:
             dS = load_rows(dS_entering + place * DIM * DIM, DIM, DIM, DIM, BLOCK, BLOCK)
-        if P_used and LEVEL == 3:
+        if P_USED and LEVEL == 3:
             start = dP_entering + place * DIM * VALUE_DIM
             dP = load_rows(start, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
 
@@ -111,11 +110,11 @@ def backward_kernel(
             kT, vT = tl.trans(k), tl.trans(v)
             leftT, rightT = kT, vT
             A = scores(q, k, sums, rests, 1, True, DECAYS, PRECISION)
-            if S_used:
+            if S_USED:
                 S = load_rows(S_chunks, DIM, DIM, DIM, BLOCK, BLOCK)
                 leftT = mix(kT, tl.trans(A), S, qT, zero, from_start, 1, False, DECAYS, PRECISION)
                 leftT = leftT.to(PRODUCT)
-            if P_used:
+            if P_USED:
                 P = load_rows(P_chunks, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
                 rightT = mix(
                     vT, tl.trans(A), P, qT, value_zero, from_start, 1, False, DECAYS, PRECISION
@@ -123,32 +122,32 @@ def backward_kernel(
                 rightT = rightT.to(PRODUCT)
             # Of the last pass.
             left, right = tl.trans(leftT), tl.trans(rightT)
-            dB = scores(g, right, sums, rests, F_power, True, DECAYS, PRECISION)
+            dB = scores(g, right, sums, rests, F_POWER, True, DECAYS, PRECISION)
             dleftT = mix(
-                qT, dB, tl.trans(dF), rightT, zero, to_end, F_power, True, DECAYS, PRECISION
+                qT, dB, tl.trans(dF), rightT, zero, to_end, F_POWER, True, DECAYS, PRECISION
             )
-            if LEVEL == 3 or P_used:
-                B = scores(q, left, sums, rests, F_power, True, DECAYS, PRECISION)
+            if LEVEL == 3 or P_USED:
+                B = scores(q, left, sums, rests, F_POWER, True, DECAYS, PRECISION)
                 drightT = mix(
-                    gT, B, dF, leftT, value_zero, to_end, F_power, True, DECAYS, PRECISION
+                    gT, B, dF, leftT, value_zero, to_end, F_POWER, True, DECAYS, PRECISION
                 )
             if LEVEL == 3:
-                if not P_used:
+                if not P_USED:
                     dv = tl.trans(drightT)
                     store_rows(dvalue, stride, count, dv, VALUE_DIM, CHUNK, VALUE_BLOCK)
                 F = load_rows(F_chunks, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
                 dqT = mix(
-                    leftT, tl.trans(dB), tl.trans(F), gT, zero, from_start, F_power, False, DECAYS,
+                    leftT, tl.trans(dB), tl.trans(F), gT, zero, from_start, F_POWER, False, DECAYS,
                     PRECISION,
                 )  # fmt: skip
-        dF = advance(dF, gT, q, from_start, total, F_power, DECAYS, PRECISION)
+        dF = advance(dF, gT, q, from_start, total, F_POWER, DECAYS, PRECISION)
         if LEVEL == 3 and DECAYS:
             # In a pass the sum of log-decays up to a token gets what queries get of it, less what
             # keys get; and all of the chunk together what the state before it sees of a shift.
             qdq = tl.sum(qT * dqT, 0)
-            flow = F_power * (qdq - tl.sum(leftT * dleftT, 0))
-            inner = F_power * tl.sum(tl.sum(F * dF, 1), 0)
-        if LEVEL > 1 and S_used:
+            flow = F_POWER * (qdq - tl.sum(leftT * dleftT, 0))
+            inner = F_POWER * tl.sum(tl.sum(F * dF, 1), 0)
+        if LEVEL > 1 and S_USED:
             duT = dleftT.to(PRODUCT)
             du = tl.trans(duT)
             if LEVEL == 3:
@@ -163,12 +162,12 @@ def backward_kernel(
                 before, qdq = qdq, tl.sum(qT * dqT, 0)
                 flow += qdq - before
                 inner += tl.sum(tl.sum(S * dS, 1), 0)
-        if LEVEL > 1 and P_used:
+        if LEVEL > 1 and P_USED:
             drT = drightT.to(PRODUCT)
             if LEVEL == 3:
                 dA = scores(v, tl.trans(drT), sums, rests, 1, False, DECAYS, PRECISION)
                 dqT = mix(kT, dA, tl.trans(P), drT, dqT, from_start, 1, False, DECAYS, PRECISION)
-                dkT = dkT if S_used else dleftT
+                dkT = dkT if S_USED else dleftT
                 if DECAYS:
                     flow += tl.sum(kT * dkT, 0)
                 dkT = mix(
@@ -213,8 +212,8 @@ def backward_kernel(
         if LEVEL != 2:
             start = dF_leaving + place * DIM * VALUE_DIM
             store_rows(start, DIM, VALUE_DIM, dF, DIM, VALUE_BLOCK, BLOCK)
-        if S_used and LEVEL != 1:
+        if S_USED and LEVEL != 1:
             store_rows(dS_leaving + place * DIM * DIM, DIM, DIM, dS, DIM, BLOCK, BLOCK)
-        if P_used and LEVEL != 1:
+        if P_USED and LEVEL != 1:
             start = dP_leaving + place * DIM * VALUE_DIM
             store_rows(start, DIM, VALUE_DIM, dP, DIM, VALUE_BLOCK, BLOCK)

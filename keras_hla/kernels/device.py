@@ -1,5 +1,6 @@
 """Whether the kernels run on the backend and the device at hand."""
 
+import functools
 import importlib.util
 import os
 
@@ -21,9 +22,9 @@ def why_not(tensor):
             return "they need a known batch size and length"
         if 0 in tensor.shape:
             return "there is nothing to compute"
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"the package {missing[0]} is not installed"
+    for name in needed:
+        if not _installed(name):
+            return f"the package {name} is not installed"
     if backend == "torch" and interpreted():
         return None
     return None if _capability(tensor) else "there is no CUDA GPU"
@@ -43,6 +44,11 @@ def why_not_faster(tensor):
 def interpreted():
     """Whether Triton interprets kernels on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache  # as each call asks, and a search takes long
+def _installed(package):
+    return importlib.util.find_spec(package) is not None
 
 
 def _capability(tensor):

@@ -31,7 +31,9 @@ def forward_kernel(
     P_chunks,
     F_chunks,
     # known when compiled
-    OPERATOR: tl.constexpr,
+    S_USED: tl.constexpr,
+    P_USED: tl.constexpr,
+    F_POWER: tl.constexpr,
     LEVEL: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -53,9 +55,6 @@ def forward_kernel(
     Level 1 sums `S` and `P` over the segment; level 2 sums `F`, given `S` and `P`
     before the segment; level 3 computes outputs, given all states before it.
     """
-    S_used: tl.constexpr = OPERATOR != "ahla"
-    P_used: tl.constexpr = OPERATOR != "hla2"
-    F_power: tl.constexpr = 3 if OPERATOR == "hla3" else (2 if OPERATOR == "hla2" else 1)
     program = tl.program_id(0)
     segment = program % segments
     row = (program // segments).to(tl.int64)  # of batch and head
@@ -81,9 +80,9 @@ def forward_kernel(
     P = tl.zeros((VALUE_BLOCK, BLOCK), tl.float32)
     F = tl.zeros((VALUE_BLOCK, BLOCK), tl.float32)
     if ENTERING and LEVEL > 1:
-        if S_used:
+        if S_USED:
             S = load_rows(S_entering + place * DIM * DIM, DIM, DIM, DIM, BLOCK, BLOCK)
-        if P_used:
+        if P_USED:
             start = P_entering + place * DIM * VALUE_DIM
             P = load_rows(start, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
         if LEVEL == 3:
@@ -95,14 +94,14 @@ def forward_kernel(
     for _ in range(tl.minimum(segment_chunks, chunks - first)):
         count = length - first * CHUNK  # of tokens left
         if SAVE:
-            if S_used:
+            if S_USED:
                 store_rows(S_chunks, DIM, DIM, S, DIM, BLOCK, BLOCK)
-            if P_used:
+            if P_USED:
                 store_rows(P_chunks, DIM, VALUE_DIM, P, DIM, VALUE_BLOCK, BLOCK)
             store_rows(F_chunks, DIM, VALUE_DIM, F, DIM, VALUE_BLOCK, BLOCK)
         k = load_rows(key, key_heads * DIM, count, DIM, CHUNK, BLOCK).to(PRODUCT)
         sums, rests, from_start, to_end, total = load_decays(coarse, rest, DECAYS, CHUNK)
-        if P_used or LEVEL > 1:
+        if P_USED or LEVEL > 1:
             v = load_rows(value, key_heads * VALUE_DIM, count, VALUE_DIM, CHUNK, VALUE_BLOCK)
             v = v.to(PRODUCT)
         if LEVEL > 1:
@@ -111,21 +110,21 @@ def forward_kernel(
             # Keys and values of the last pass: `moved` and `answer` in `keras_hla.operators`.
             left, rightT = k, tl.trans(v)
             A = tl.trans(scores(q, k, sums, rests, 1, True, DECAYS, PRECISION))
-            if S_used:
+            if S_USED:
                 uT = mix(tl.trans(k), A, S, qT, zero, from_start, 1, False, DECAYS, PRECISION)
                 left = tl.trans(uT.to(PRODUCT))
-            if P_used:
+            if P_USED:
                 rT = mix(tl.trans(v), A, P, qT, value_zero, from_start, 1, False, DECAYS, PRECISION)
                 rightT = rT.to(PRODUCT)
             if LEVEL == 3:
-                B = tl.trans(scores(q, left, sums, rests, F_power, True, DECAYS, PRECISION))
-                oT = mix(rightT, B, F, qT, value_zero, from_start, F_power, True, DECAYS, PRECISION)
+                B = tl.trans(scores(q, left, sums, rests, F_POWER, True, DECAYS, PRECISION))
+                oT = mix(rightT, B, F, qT, value_zero, from_start, F_POWER, True, DECAYS, PRECISION)
                 stride = heads * VALUE_DIM
                 store_rows(output, stride, count, tl.trans(oT), VALUE_DIM, CHUNK, VALUE_BLOCK)
-            F = advance(F, rightT, left, to_end, total, F_power, DECAYS, PRECISION)
-        if S_used:
+            F = advance(F, rightT, left, to_end, total, F_POWER, DECAYS, PRECISION)
+        if S_USED:
             S = advance(S, tl.trans(k), k, to_end, total, 1, DECAYS, PRECISION)
-        if P_used:
+        if P_USED:
             P = advance(P, tl.trans(v), k, to_end, total, 1, DECAYS, PRECISION)
         first += 1
         query += CHUNK * heads * DIM
@@ -141,9 +140,9 @@ def forward_kernel(
     if LEVEL == 3:  # the states after the last token
         place = row
     if LEVEL < 3 or segment == segments - 1:
-        if S_used and LEVEL != 2:
+        if S_USED and LEVEL != 2:
             store_rows(S_leaving + place * DIM * DIM, DIM, DIM, S, DIM, BLOCK, BLOCK)
-        if P_used and LEVEL != 2:
+        if P_USED and LEVEL != 2:
             start = P_leaving + place * DIM * VALUE_DIM
             store_rows(start, DIM, VALUE_DIM, P, DIM, VALUE_BLOCK, BLOCK)
         if LEVEL != 1:

@@ -37,14 +37,14 @@ class Geometry:
             return 64
         return 32 if self._block <= 64 else 16
 
-    def options(self, kernel):
+    def options(self, backward):
         """How a kernel is compiled. Four warps hold a state of 64 x 64, eight one of 128 x 128."""
         if self.product_dtype == "float32":
             # Loads ahead of their chunk gave wrong gradients where there is decay.
             return {"num_warps": 4 if self._block <= 64 else 8, "num_stages": 1}
         if self._block > 64:
-            return {"num_warps": 8, "num_stages": 2 if kernel == "forward" else 1}
-        few = self.operator == "hla3" and kernel == "backward"
+            return {"num_warps": 8, "num_stages": 1 if backward else 2}
+        few = self.operator == "hla3" and backward
         return {"num_warps": 4, "num_stages": 2 if few else 3}
 
     @property
@@ -82,7 +82,9 @@ class Geometry:
     def constants(self):
         """What the kernels know when they are compiled, besides what differs by launch."""
         return {
-            "OPERATOR": self.operator,
+            "S_USED": self.operator != "ahla",
+            "P_USED": self.operator != "hla2",
+            "F_POWER": self.powers[2],
             "GROUP": self.heads // self.key_heads,
             "DIM": self.dim,
             "VALUE_DIM": self.value_dim,
@@ -90,7 +92,6 @@ class Geometry:
             "BLOCK": _block(self.dim),
             "VALUE_BLOCK": _block(self.value_dim),
             "DECAYS": self.decays,
-            "PRODUCT": self.product_dtype,
             "PRECISION": "tf32x3",  # of products of float32; others are exact
         }
 

@@ -2,10 +2,19 @@
 
 `run(kernel, grid, inputs, numbers, outputs, constants, options)` launches one. Inputs are
 tensors or `None`, outputs are pairs `(shape, dtype)` or `None`; it returns the tuple of outputs.
+Kernels neither read nor write what is `None`, but compute with an address for it.
 States are tuples `(S, P, F)` as in `Geometry.states`, float32.
 """
 
 import math
+
+from keras import ops
+import triton.language as tl
+
+from keras_hla.kernels.backward import backward_kernel
+from keras_hla.kernels.combine import combine_kernel
+from keras_hla.kernels.decays import decay_kernel
+from keras_hla.kernels.forward import forward_kernel
 
 _NONE = (None, None, None)
 _COMBINE_BLOCK = 1024
@@ -27,7 +36,7 @@ def evaluate(run, geometry, query, key, value, log_decay, states, save):
 
     def level(level, entering, outputs, save=False):
         constants = {"LEVEL": level, "SAVE": save, "ENTERING": entering != _NONE}
-        return _run_level(run, geometry, "forward", (*inputs, *entering), outputs, constants)
+        return _run_level(run, geometry, forward_kernel, (*inputs, *entering), outputs, constants)
 
     if geometry.segments > 1:
         S_sums, P_sums, F_sums = geometry.states(geometry.segments)
@@ -42,29 +51,20 @@ def evaluate(run, geometry, query, key, value, log_decay, states, save):
     return output, tuple(rest[:3]), tuple(rest[3:])
 
 
-def gradients(run, geometry, query, key, value, log_decay, saved, gradient, states, zeros):
+def gradients(run, geometry, query, key, value, log_decay, saved, gradient, states):
     """Returns the gradients of query, key, value and log-decay, and of the states before.
-
-    Each query head has gradients of its own, of shared keys, values and decays too.
 
     Args:
         saved: from `evaluate`.
         gradient: that of the output.
-        states: those of the states after the last token; `None` is zero.
-        zeros: `zeros(shape, dtype)`, a tensor.
+        states: those of the states after the last token, of all that the operator has.
     """
     decays = sum_decays(run, geometry, log_decay)
     inputs = (query, key, value, *decays, gradient, *saved)
-    if tuple(states) != _NONE:  # a kernel reads all or none
-        specs = geometry.states(1)
-        states = tuple(
-            zeros(*spec) if x is None and spec is not None else x
-            for x, spec in zip(states, specs, strict=True)
-        )
 
     def level(level, entering, outputs):
         constants = {"LEVEL": level, "ENTERING": entering != _NONE}
-        return _run_level(run, geometry, "backward", (*inputs, *entering), outputs, constants)
+        return _run_level(run, geometry, backward_kernel, (*inputs, *entering), outputs, constants)
 
     if geometry.segments > 1:
         S_sums, P_sums, F_sums = geometry.states(geometry.segments)
@@ -80,7 +80,19 @@ def gradients(run, geometry, query, key, value, log_decay, saved, gradient, stat
     decays = (geometry.batch, geometry.length, geometry.heads), "float32"
     outputs += [decays if geometry.decays else None, *geometry.states(1)]
     dquery, dkey, dvalue, dlog_decay, *states = level(3, states, outputs)
+    if geometry.heads > geometry.key_heads:
+        dkey, dvalue = (_sum_groups(x, key) for x in (dkey, dvalue))
+    if log_decay is not None:
+        axes = tuple(i for i in (0, 2) if log_decay.shape[i] < dlog_decay.shape[i])
+        dlog_decay = ops.sum(dlog_decay, axis=axes, keepdims=True) if axes else dlog_decay
     return dquery, dkey, dvalue, dlog_decay, tuple(states)
+
+
+def _sum_groups(x, key):
+    """From one gradient for each query head to one for each key head, as `key` has them."""
+    batch, length, key_heads, _ = key.shape
+    x = ops.reshape(x, (batch, length, key_heads, -1, x.shape[-1]))
+    return ops.cast(ops.sum(x, axis=3), key.dtype)
 
 
 def sum_decays(run, geometry, log_decay):
@@ -93,12 +105,12 @@ def sum_decays(run, geometry, log_decay):
     grid = (geometry.rows * geometry.chunks,)
     numbers = (geometry.length, geometry.heads, *strides)
     outputs = [(shape, "float32")] * 2
-    return run("decay", grid, (log_decay,), numbers, outputs, {"CHUNK": geometry.chunk}, {})
+    return run(decay_kernel, grid, (log_decay,), numbers, outputs, {"CHUNK": geometry.chunk}, {})
 
 
 def _run_level(run, geometry, kernel, inputs, outputs, constants):
-    constants = geometry.constants | constants
-    options = geometry.options(kernel)
+    constants = geometry.constants | constants | {"PRODUCT": getattr(tl, geometry.product_dtype)}
+    options = geometry.options(backward=kernel is backward_kernel)
     return run(kernel, geometry.grid, inputs, geometry.numbers, outputs, constants, options)
 
 
@@ -130,4 +142,4 @@ class _Between:
         inputs = (sums, *self._decays, initial)
         numbers = (segments, self._geometry.chunks, self._geometry.chunks_of_segment)
         outputs = ((tuple(sums.shape), "float32"),)
-        return self._run("combine", grid, inputs, numbers, outputs, constants, {})[0]
+        return self._run(combine_kernel, grid, inputs, numbers, outputs, constants, {})[0]

@@ -6,8 +6,8 @@ Tiles of sequences come as they lie in memory, `(tokens, features)`, and go as t
 transposes, names of which end in `T`. States that mix keys and values are transposed
 too, `(value features, key features)`. So the left factors of all large products are
 what the tensor cores take from registers, where products leave it, or from memory as
-it is. Factors have the dtype of the tiles; products are summed, and states kept, in
-float32.
+it is. Factors have the dtype of the tiles, which is float32 with decays; products are
+summed, and states kept, in float32.
 
 With `b_t` the sum of the log-decays of the chunk up to token `t`, and `c` its last
 token, a token `t` reads `j` with the weight `exp(p (b_t - b_j))`, the state before the
@@ -60,14 +60,11 @@ def mix(
     """`Zᵀ scores + state Xᵀ diag(exp(p log_factor)) + added`, `(features, tokens)`, float32.
 
     All outputs and gradients of the primitive have this form. To refine is to take in what the
-    state loses to rounding, by a product of its own.
+    state loses to rounding, if it is rounded, by a product of its own.
     """
     rounded = state.to(xT.dtype)
     if DECAYS:
         product = tl.dot(rounded, xT, input_precision=PRECISION)
-        if REFINE and xT.dtype != tl.float32:
-            lost = (state - rounded.to(tl.float32)).to(xT.dtype)
-            product = tl.dot(lost, xT, product, input_precision=PRECISION)
         added += product * tl.exp(POWER * log_factor)[None, :]
     else:
         added = tl.dot(rounded, xT, added, input_precision=PRECISION)
@@ -91,7 +88,7 @@ def advance(
     """`exp(p total) state + Xᵀ diag(exp(p log_factor)) Y`: over the chunk, or back over it."""
     if DECAYS:
         state *= tl.exp(POWER * total)
-        y = (y * tl.exp(POWER * log_factor)[:, None]).to(xT.dtype)
+        y = y * tl.exp(POWER * log_factor)[:, None]
     return tl.dot(xT, y, state, input_precision=PRECISION)
 
 

@@ -261,8 +261,8 @@ def attention_step(
     if log_decay is not None and np.ndim(log_decay) == 2:
         log_decay = ops.expand_dims(log_decay, 1)
     inputs = prepare(query, key, value, log_decay, None)
-    step = _grouped(forms.step)
-    output, state = _evaluate(step, operator, inputs, state, normalize, epsilon, "state")
+    evaluate = _grouped(forms.step)
+    output, state = _evaluate(evaluate, operator, inputs, state, normalize, epsilon, step=True)
     return ops.cast(output[:, 0], query.dtype), state
 
 
@@ -290,17 +290,19 @@ def check_segments_allowed(operator, causal):
         )
 
 
-def _evaluate(evaluate, operator, inputs, state, normalize, epsilon, state_name="initial_state"):
+def _evaluate(evaluate, operator, inputs, state, normalize, epsilon, step=False):
     """The output and the list of states, on the values and, to normalize, on values of one.
 
-    `evaluate(operator, inputs, state)` takes and returns all in the public layout.
+    `evaluate(operator, inputs, state)` takes and returns all in the public layout. A step needs
+    a state.
     """
     check_number("epsilon", epsilon, "a positive number", lambda x: x > 0)
     if normalize:
         ones = ops.ones_like(inputs.value[..., :1])
         inputs = inputs._replace(value=ops.concatenate([inputs.value, ones], axis=-1))
-    if state is not None or state_name == "state":
-        state = prepare_state(state_name, state, operator, inputs)
+    if step or state is not None:
+        name = "state" if step else "initial_state"
+        state = prepare_state(name, state, operator, inputs)
     output, state = evaluate(operator, inputs, state)
     if normalize:
         output = output[..., :-1] / (output[..., -1:] + epsilon)
@@ -311,9 +313,8 @@ def _grouped(form):
     """One of `keras_hla.forms` in the public layout."""
 
     def evaluate(operator, inputs, state):
-        inputs, key_heads = inputs.grouped(), inputs.key.shape[2]
-        state = state and tuple(group(x, key_heads) for x in state)
-        output, state = form(operator, *inputs, state)
+        state = state and tuple(group(x, inputs.key.shape[2]) for x in state)
+        output, state = form(operator, *inputs.grouped(), state)
         return ungroup_sequence(output), state and [ungroup(x) for x in state]
 
     return evaluate

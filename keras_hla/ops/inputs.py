@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
         log_decay = self.log_decay
         if log_decay is not None:
             log_decay = group(ops.swapaxes(log_decay, 1, 2), key_heads)
-        return Inputs(query, key, value, log_decay)
+        return query, key, value, log_decay
 
 
 def prepare(query, key, value, log_decay, mask, segment_ids=None):

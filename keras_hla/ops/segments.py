@@ -44,13 +44,13 @@ def summarize(query, key, value, operator="hla2", log_decay=None):
     """
     operator = operators.get(operator)
     check_rank(4, "(batch, length, heads, dim)", query=query, key=key, value=value)
-    inputs = prepare(query, key, value, log_decay, None).grouped()
-    segment = forms.summarize(operator, *inputs)
-    batch = ops.shape(inputs.query)[0]
-    if inputs.log_decay is None:
-        total = ops.zeros((batch, 1), inputs.query.dtype)
+    query, key, value, log_decay = prepare(query, key, value, log_decay, None).grouped()
+    segment = forms.summarize(operator, query, key, value, log_decay)
+    batch = ops.shape(query)[0]
+    if log_decay is None:
+        total = ops.zeros((batch, 1), query.dtype)
     else:
-        total = ungroup(ops.sum(inputs.log_decay, axis=-1))
+        total = ungroup(ops.sum(log_decay, axis=-1))
         total = ops.broadcast_to(total, (batch, ops.shape(total)[1]))
     return [*(ungroup(x) for x in segment), total]
 
