@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_hla import kernels, layers, ops
+from keras_hla import kernels, layers, operators, ops
 
 ON_TORCH = keras.config.backend() == "torch"
 
@@ -19,11 +19,10 @@ def test_auto_gives_a_reason():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"operator": "linear"}, r"know \['ahla', 'hla2', 'hla3'\], without options, not Linear"),
+        ({"operator": operators.HLA2(ridge=0.5)}, r"without options, not HLA2\(ridge=0.5\)"),
         ({"operator": "hla2_published"}, "not HLA2Published"),
         ({"dtype": "float64"}, "take bfloat16, float16 and float32, not float64"),
         ({"key_dim": 256}, r"up to 128, not \(256, 64\)"),
-        ({"key_dim": 128, "decays": True}, r"with decays they take .* up to 64, not \(128, 64\)"),
         ({"form": "recurrent"}, "form='recurrent'"),
         ({"causal": False}, "causal=False"),
         ({"normalize": True}, "normalize=True"),

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import keras_hla
-from keras_hla import kernels, layers, ops
+from keras_hla import kernels, layers, operators, ops
 from keras_hla.kernels import geometry
 
-OPERATORS = ("hla2", "ahla", "hla3")
+OPERATORS = ("hla2", "ahla", "hla3", "linear")
 KERNELS = {"implementation": "triton"}
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 
@@ -41,8 +41,6 @@ def test_outputs_states_and_gradients(rng, operator, decay, key_heads):
     state, weights = [], []
     if decay != "none" or key_heads == 2:  # with heads of their own, like those of the definition
         state, weights = (like(rng, expected.states) for _ in range(2))
-        if operator != "ahla":
-            state[0] = state[0] @ np.swapaxes(state[0], -1, -2)  # sums of k kᵀ are symmetric
         expected = Reference(serial, operator, inputs, log_decay, state)
     (weight,) = like(rng, [expected.output])
     (output, *last), found = attend_with_gradients(
@@ -75,11 +73,8 @@ def test_shared_keys_and_decays(rng, operator, shape):
     (q, k, v), _ = draw(rng, 45, "none", 4, 2, dim=16, value_dim=16)
     log_decay = np.log(rng.uniform(0.8, 1, shape)).astype("float32")
     moments = 4 if shape[2] == 4 else 2
-    sizes = {"S": moments, "P": moments}
-    names = {"hla2": "SF", "ahla": "PF", "hla3": "SPF"}[operator]
-    state = like(rng, [np.empty((2, sizes.get(name, 4), 16, 16)) for name in names])
-    if operator != "ahla":
-        state[0] = state[0] @ np.swapaxes(state[0], -1, -2)
+    shapes = operators.get(operator).state_shapes(moments, 4, 16, 16)
+    state = like(rng, [np.empty((2, *shape)) for shape in shapes])
 
     def call(implementation):
         tensors = to_tensors([q / 4, k / 4, v, log_decay, *state])
@@ -91,7 +86,10 @@ def test_shared_keys_and_decays(rng, operator, shape):
             return_state=True,
             implementation=implementation,
         )
-        loss = sum((x * torch.cos(torch.arange(x.numel())).reshape(x.shape)).sum() for x in last)
+        loss = sum(
+            (x * torch.cos(torch.arange(x.numel(), device=x.device)).reshape(x.shape)).sum()
+            for x in last
+        )
         return [output, *last, *torch.autograd.grad(output.sum() + loss, tensors)]
 
     # The portable path is held to the definitions for these shapes in test_operators.py.
@@ -100,7 +98,7 @@ def test_shared_keys_and_decays(rng, operator, shape):
 
 
 @every_operator
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [0, -1])
 def test_gradients_of_one_state(rng, operator, place):
     """A loss that reads one of the states alone, and no output."""
     inputs, log_decay = draw(rng, 40, "per_token", dim=16, value_dim=16)

@@ -7,11 +7,11 @@ import keras
 from keras_hla import operators
 from keras_hla.checks import check_choice
 from keras_hla.kernels import device
+from keras_hla.kernels.passes import passes_of
 
 IMPLEMENTATIONS = ("auto", "portable", "triton")
-_OPERATORS = {"hla2": operators.HLA2(), "ahla": operators.AHLA(), "hla3": operators.HLA3()}
+_MEASURED = operators.HLA2(), operators.AHLA(), operators.HLA3()
 _LARGEST_DIM = 128
-_LARGEST_DIM_WITH_DECAYS = 64
 
 
 class Choice(NamedTuple):
@@ -71,7 +71,7 @@ def choose(
         return Choice("portable", "a single token is a step, not a sequence")
     operator = operators.get(operator)
     obstacle = (
-        _outside_of_kernels(operator, dtype, (key_dim, value_dim), decays)
+        _outside_of_kernels(operator, dtype, (key_dim, value_dim))
         or _outside_of_form(form, causal, normalize, chunk_size)
         or device.why_not(tensor)
     )
@@ -90,36 +90,28 @@ def choose(
     return Choice("portable", obstacle) if obstacle else Choice("triton", "it is faster here")
 
 
-def _outside_of_kernels(operator, dtype, dims, decays):
-    if kernel_name(operator) is None:
-        return f"they know {sorted(_OPERATORS)}, without options, not {operator}"
+def _outside_of_kernels(operator, dtype, dims):
+    if passes_of(operator) is None:
+        return f"they know 'hla2', 'ahla', 'hla3' and 'linear', without options, not {operator}"
     dtype = keras.backend.standardize_dtype(dtype)
     if dtype not in ("bfloat16", "float16", "float32"):
         return f"they take bfloat16, float16 and float32, not {dtype}"
-    largest = _LARGEST_DIM_WITH_DECAYS if decays else _LARGEST_DIM
-    if max(dims) > largest:
-        condition = "with decays they" if decays else "they"
-        return f"{condition} take `key_dim` and `value_dim` up to {largest}, not {dims}"
+    if max(dims) > _LARGEST_DIM:
+        return f"they take `key_dim` and `value_dim` up to {_LARGEST_DIM}, not {dims}"
     return None
 
 
 def _not_known_to_be_faster(operator, dtype, dims, decays):
-    """What was not measured beside the portable path, or not checked on a GPU."""
+    """What was not measured beside the portable path, or is not as accurate."""
     dtype = keras.backend.standardize_dtype(dtype)
     if dtype != "bfloat16":
         return f"the kernels are known to be faster in bfloat16 alone, not in {dtype}"
-    if decays:
-        return "the kernels are known to be faster without decays alone"
-    if min(dims) < 64 or (max(dims) > 64 and kernel_name(operator) != "hla2"):
-        return f"the kernels are known to be faster for dims of 64, and 128 in hla2, not for {dims}"
-    return None
-
-
-def kernel_name(operator):
-    """The kernels' name of an operator, or `None`."""
-    for name, known in _OPERATORS.items():
-        if type(operator) is type(known) and operator == known:
-            return name
+    if operator not in _MEASURED:
+        return f"the kernels were measured with 'hla2', 'ahla' and 'hla3' alone, not {operator}"
+    if min(dims) < 64:
+        return f"the kernels are known to be faster for dims of 64 to 128 alone, not {dims}"
+    if decays and max(dims) > 64 and operator != _MEASURED[0]:
+        return "with decays and dims above 64 the kernels are known to be accurate for 'hla2' alone"
     return None
 
 

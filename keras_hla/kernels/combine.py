@@ -7,8 +7,7 @@ import triton.language as tl
 @triton.jit
 def combine_kernel(
     sums,
-    coarse,
-    rest,
+    decays,
     initial,
     segments,
     chunks,
@@ -43,8 +42,8 @@ def combine_kernel(
             first = (segment - row * segments) * segment_chunks
             index = first + tl.arange(0, LAST)
             last = tl.minimum(first + segment_chunks, chunks)
-            place = (row * chunks + index) * CHUNK + CHUNK - 1
-            total = tl.load(coarse + place, mask=index < last, other=0.0)
-            total += tl.load(rest + place, mask=index < last, other=0.0)
+            place = decays + (row * chunks + index) * 4 * CHUNK + CHUNK - 1
+            total = tl.load(place, mask=index < last, other=0.0)
+            total += tl.load(place + CHUNK, mask=index < last, other=0.0)
             state *= tl.exp(POWER * tl.sum(total, 0))
         state += added

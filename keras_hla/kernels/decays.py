@@ -1,4 +1,4 @@
-"""The sums of log-decays within chunks, in Triton."""
+"""The decays within chunks, in Triton."""
 
 import triton
 import triton.language as tl
@@ -12,14 +12,16 @@ def decay_kernel(
     batch_stride,
     token_stride,
     head_stride,
-    coarse,
-    rest,
+    decays,
     CHUNK: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """Stores the sums up to each token of a chunk, `(batch * heads, chunks * CHUNK)`.
+    """Stores what the kernels need of a chunk's decays, `(batch * heads, chunks, 4, CHUNK)`.
 
-    They come in two parts, as in `keras_hla.scan`: sums of whole 256ths are exact, those
-    of the rests small, so that differences are accurate however long the sums are.
+    First the sums `b_t` of the log-decays up to a token, in two parts, as in `keras_hla.scan`:
+    sums of whole 256ths are exact, those of the rests small, so that differences are accurate
+    however long the sums are. To products of bfloat16 that makes no difference: unless `EXACT`,
+    the first part has both. Then `exp(b_t)` and, with `c` the last token, `exp(b_c - b_t)`.
     """
     program = tl.program_id(0).to(tl.int64)
     chunks = tl.cdiv(length, CHUNK)
@@ -28,6 +30,39 @@ def decay_kernel(
     start = log_decay + row // heads * batch_stride + row % heads * head_stride
     x = tl.load(start + token * token_stride, mask=token < length, other=0.0)
     whole = tl.floor(x * 256 + 0.5) / 256
-    place = row * chunks * CHUNK + token
-    tl.store(coarse + place, tl.cumsum(whole, 0))
-    tl.store(rest + place, tl.cumsum(x - whole, 0))
+    coarse, rest = tl.cumsum(whole, 0), tl.cumsum(x - whole, 0)
+    to_end = tl.sum(whole, 0) - coarse + (tl.sum(x - whole, 0) - rest)
+    total = coarse + rest
+    place = decays + program * 4 * CHUNK + tl.arange(0, CHUNK)
+    tl.store(place, coarse if EXACT else total)
+    tl.store(place + CHUNK, rest if EXACT else tl.zeros((CHUNK,), tl.float32))
+    tl.store(place + 2 * CHUNK, tl.exp(total))
+    tl.store(place + 3 * CHUNK, tl.exp(to_end))
+
+
+@triton.jit
+def decay_gradient_kernel(
+    flows,
+    inners,
+    length,
+    heads,
+    dlog_decay,
+    CHUNK: tl.constexpr,
+):
+    """Stores the gradient of log-decays, of shape `(batch, length, heads)`.
+
+    A log-decay gets what the sums `b_t` from its token on get, and the last states. A pass gives
+    to `b_t` its flow, `p` times the product of the query and its gradient less that of the key
+    and its own; and to those of a chunk and after it together its inner, `p` times the product of
+    the state before the chunk and its gradient. So no error adds up over the chunks.
+    `flows`, `(batch * heads, chunks, CHUNK)`, and `inners` are sums over the passes.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    chunks = tl.cdiv(length, CHUNK)
+    row, chunk = program // chunks, program % chunks
+    index = tl.arange(0, CHUNK)
+    flow = tl.load(flows + program * CHUNK + index)
+    dlog = tl.load(inners + program) - (tl.cumsum(flow, 0) - flow)
+    token = chunk * CHUNK + index
+    start = dlog_decay + row // heads * length * heads + row % heads
+    tl.store(start + token * heads, dlog, mask=token < length)

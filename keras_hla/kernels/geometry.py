@@ -1,6 +1,8 @@
-"""How a call is cut into programs, and the shapes of what they exchange."""
+"""The passes of a call, how they are cut into programs, and what those exchange."""
 
 import dataclasses
+
+import triton.language as tl
 
 from keras_hla.kernels.device import interpreted
 
@@ -20,7 +22,7 @@ class Geometry:
     takes one pass over the inputs, several take three.
     """
 
-    operator: str
+    passes: tuple
     batch: int
     length: int
     heads: int
@@ -33,23 +35,18 @@ class Geometry:
     @property
     def chunk(self):
         """Tokens of a chunk: as many as the registers hold the scores of."""
-        if self.product_dtype == "bfloat16":
-            return 64
-        return 32 if self._block <= 64 else 16
+        wide = max(self.dim, self.value_dim) > 64
+        return 16 if wide and self.product_dtype == "float32" else 64
 
-    def options(self, backward):
+    def options(self, one, backward):
         """How a kernel is compiled. Four warps hold a state of 64 x 64, eight one of 128 x 128."""
-        if self.product_dtype == "float32":
-            # Loads ahead of their chunk gave wrong gradients where there is decay.
-            return {"num_warps": 4 if self._block <= 64 else 8, "num_stages": 1}
-        if self._block > 64:
-            return {"num_warps": 8, "num_stages": 1 if backward else 2}
-        few = self.operator == "hla3" and backward
-        return {"num_warps": 4, "num_stages": 2 if few else 3}
+        wide, stages = self._wide(one), 1
+        if self.product_dtype == "bfloat16":
+            stages = 3 if not wide else 1 if backward else 2
+        return {"num_warps": 8 if wide else 4, "num_stages": stages}
 
-    @property
-    def _block(self):
-        return _block(max(self.dim, self.value_dim))
+    def _wide(self, one):
+        return max(self.dim_of(one.key), self.dim_of(one.value)) > 64
 
     @property
     def rows(self):
@@ -79,46 +76,50 @@ class Geometry:
         return self.length, self.heads, self.segments, self.chunks_of_segment
 
     @property
-    def constants(self):
-        """What the kernels know when they are compiled, besides what differs by launch."""
+    def product_dtype(self):
+        """The dtype of the products' operands, and of what the passes exchange: of a wide range."""
+        # The interpreter multiplies no bfloat16.
+        return "bfloat16" if self.dtype == "bfloat16" and not interpreted() else "float32"
+
+    def dim_of(self, name):
+        """The features of a tensor that passes take or give; an output has those of its values."""
+        values = {one.output: one.value for one in self.passes}
+        while name in values:
+            name = values[name]
+        return self.value_dim if name == "value" else self.dim
+
+    def sequence(self, name, dtype):
+        """The shape and dtype of such a tensor, with the query heads."""
+        return (self.batch, self.length, self.heads, self.dim_of(name)), dtype
+
+    def state(self, one, count, dtype="float32"):
+        """The shape and dtype of the state of a pass, transposed, `count` for each row."""
+        return (self.rows, count, self.dim_of(one.value), self.dim_of(one.key)), dtype
+
+    def constants(self, one):
+        """What the kernels know of a pass when they are compiled."""
+        dim, value_dim = self.dim_of(one.key), self.dim_of(one.value)
         return {
-            "S_USED": self.operator != "ahla",
-            "P_USED": self.operator != "hla2",
-            "F_POWER": self.powers[2],
-            "GROUP": self.heads // self.key_heads,
-            "DIM": self.dim,
-            "VALUE_DIM": self.value_dim,
+            "POWER": one.power,
+            "KEY_GROUP": self._group_of(one.key),
+            "VALUE_GROUP": self._group_of(one.value),
+            "DIM": dim,
+            "VALUE_DIM": value_dim,
             "CHUNK": self.chunk,
-            "BLOCK": _block(self.dim),
-            "VALUE_BLOCK": _block(self.value_dim),
+            "BLOCK": _block(dim),
+            "VALUE_BLOCK": _block(value_dim),
+            "SAME": one.key == one.value,
             "DECAYS": self.decays,
+            "WIDE": self._wide(one),
+            # With decays close tokens count for most, which states, kept in float32, do not hold.
+            "REFINE": self.decays and not self._wide(one),
+            "PRODUCT": getattr(tl, self.product_dtype),
             "PRECISION": "tf32x3",  # of products of float32; others are exact
         }
 
-    @property
-    def product_dtype(self):
-        """The dtype of the products' operands: of a wide range, and exact for decays."""
-        if self.dtype != "bfloat16" or self.decays or interpreted():
-            return "float32"  # The interpreter multiplies no bfloat16.
-        return "bfloat16"
-
-    def sequence(self, dim, dtype=None):
-        """The shape and dtype of a sequence of the query heads."""
-        return (self.batch, self.length, self.heads, dim), dtype or self.dtype
-
-    def states(self, count, dtype="float32"):
-        """The shapes and dtypes of `S`, `P` and `F`, `count` of each for a row; or `None`.
-
-        `P` and `F` are transposed.
-        """
-        S = (self.rows, count, self.dim, self.dim), dtype
-        P = F = (self.rows, count, self.value_dim, self.dim), dtype
-        return {"hla2": (S, None, F), "ahla": (None, P, F), "hla3": (S, P, F)}[self.operator]
-
-    @property
-    def powers(self):
-        """The powers of the decay with which `S`, `P` and `F` decay."""
-        return 1, 1, {"hla2": 2, "ahla": 1, "hla3": 3}[self.operator]
+    def _group_of(self, name):
+        """How many query heads share a head of it."""
+        return self.heads // self.key_heads if name in ("key", "value") else 1
 
 
 def _block(dim):

@@ -3,25 +3,24 @@
 `run(kernel, grid, inputs, numbers, outputs, constants, options)` launches one. Inputs are
 tensors or `None`, outputs are pairs `(shape, dtype)` or `None`; it returns the tuple of outputs.
 Kernels neither read nor write what is `None`, but compute with an address for it.
-States are tuples `(S, P, F)` as in `Geometry.states`, float32.
+States are in the order of the operator's, as in `Geometry.state`, float32.
 """
 
 import math
 
 from keras import ops
-import triton.language as tl
 
 from keras_hla.kernels.backward import backward_kernel
 from keras_hla.kernels.combine import combine_kernel
-from keras_hla.kernels.decays import decay_kernel
+from keras_hla.kernels.decays import decay_gradient_kernel, decay_kernel
 from keras_hla.kernels.forward import forward_kernel
+from keras_hla.kernels.sums import sum_kernel
 
-_NONE = (None, None, None)
 _COMBINE_BLOCK = 1024
 
 
 def evaluate(run, geometry, query, key, value, log_decay, states, save):
-    """Returns the output, the states after it, and if `save` those before each chunk.
+    """Returns the output, the states after it, and if `save` what `gradients` needs.
 
     Args:
         run: as above.
@@ -29,26 +28,21 @@ def evaluate(run, geometry, query, key, value, log_decay, states, save):
         query, key, value: `(batch, length, heads, dim)`.
         log_decay: `(batch or 1, length, heads or 1)`, float32, or `None`.
         states: the states before the first token; `None` is zero.
-        save: whether to return what `gradients` needs.
+        save: whether to save the states before each chunk, and what one pass gives another.
     """
-    decays = sum_decays(run, geometry, log_decay)
-    inputs = (query, key, value, *decays)
-
-    def level(level, entering, outputs, save=False):
-        constants = {"LEVEL": level, "SAVE": save, "ENTERING": entering != _NONE}
-        return _run_level(run, geometry, forward_kernel, (*inputs, *entering), outputs, constants)
-
-    if geometry.segments > 1:
-        S_sums, P_sums, F_sums = geometry.states(geometry.segments)
-        between = _Between(run, geometry, decays, states, reverse=False)
-        _, S_sums, P_sums, *_ = level(1, _NONE, (None, S_sums, P_sums, None, *_NONE))
-        S, P = between(S_sums, 0), between(P_sums, 1)
-        _, _, _, F_sums, *_ = level(2, (S, P, None), (None, None, None, F_sums, *_NONE))
-        states = (S, P, between(F_sums, 2))
-    saved = geometry.states(geometry.chunks, geometry.product_dtype) if save else _NONE
-    output = geometry.sequence(geometry.value_dim)
-    output, *rest = level(3, states, (output, *geometry.states(1), *saved), save)
-    return output, tuple(rest[:3]), tuple(rest[3:])
+    launch = _Launch(run, geometry, log_decay)
+    tensors = {"query": query, "key": key, "value": value}
+    leaving, chunk_states = list(states), []
+    for one in geometry.passes:
+        final = one is geometry.passes[-1]
+        output = geometry.sequence(one.output, geometry.dtype if final else geometry.product_dtype)
+        tensors[one.output], leaving[one.state], saved = launch.forward(
+            one, tensors, states[one.state], output, save
+        )
+        chunk_states.append(saved)
+    exchanged = tuple(tensors[one.output] for one in geometry.passes[:-1])
+    saved = (exchanged, tuple(chunk_states)) if save else None
+    return tensors[geometry.passes[-1].output], tuple(leaving), saved
 
 
 def gradients(run, geometry, query, key, value, log_decay, saved, gradient, states):
@@ -57,89 +51,148 @@ def gradients(run, geometry, query, key, value, log_decay, saved, gradient, stat
     Args:
         saved: from `evaluate`.
         gradient: that of the output.
-        states: those of the states after the last token, of all that the operator has.
+        states: those of the states after the last token.
     """
-    decays = sum_decays(run, geometry, log_decay)
-    inputs = (query, key, value, *decays, gradient, *saved)
-
-    def level(level, entering, outputs):
-        constants = {"LEVEL": level, "ENTERING": entering != _NONE}
-        return _run_level(run, geometry, backward_kernel, (*inputs, *entering), outputs, constants)
-
-    if geometry.segments > 1:
-        S_sums, P_sums, F_sums = geometry.states(geometry.segments)
-        between = _Between(run, geometry, decays, states, reverse=True)
-        *_, F_sums = level(1, _NONE, (None, *_NONE, None, None, F_sums))
-        F = between(F_sums, 2)
-        *_, S_sums, P_sums, _ = level(2, (None, None, F), (None, *_NONE, S_sums, P_sums, None))
-        states = (between(S_sums, 0), between(P_sums, 1), F)
-    dim, value_dim = geometry.dim, geometry.value_dim
-    # Where heads share keys, their gradients are yet to be summed.
-    shared = "float32" if geometry.heads > geometry.key_heads else None
-    outputs = [geometry.sequence(dim), *(geometry.sequence(x, shared) for x in (dim, value_dim))]
-    decays = (geometry.batch, geometry.length, geometry.heads), "float32"
-    outputs += [decays if geometry.decays else None, *geometry.states(1)]
-    dquery, dkey, dvalue, dlog_decay, *states = level(3, states, outputs)
-    if geometry.heads > geometry.key_heads:
-        dkey, dvalue = (_sum_groups(x, key) for x in (dkey, dvalue))
+    launch = _Launch(run, geometry, log_decay)
+    exchanged, chunk_states = saved
+    tensors = {"query": query, "key": key, "value": value}
+    tensors |= zip((one.output for one in geometry.passes[:-1]), exchanged, strict=True)
+    found = {geometry.passes[-1].output: gradient}
+    entering, flows, inners = list(states), [], []
+    for one, before in reversed(list(zip(geometry.passes, chunk_states, strict=True))):
+        flow, inner, entering[one.state] = launch.backward(
+            one, tensors, before, found, states[one.state]
+        )
+        flows.append(flow)
+        inners.append(inner)
+    dkey, dvalue = (_sum_groups(found[name], tensors[name]) for name in ("key", "value"))
+    dlog_decay = None
     if log_decay is not None:
+        dlog_decay = launch.decay_gradient(sum(flows), sum(inners))
         axes = tuple(i for i in (0, 2) if log_decay.shape[i] < dlog_decay.shape[i])
         dlog_decay = ops.sum(dlog_decay, axis=axes, keepdims=True) if axes else dlog_decay
-    return dquery, dkey, dvalue, dlog_decay, tuple(states)
+    return found["query"], dkey, dvalue, dlog_decay, tuple(entering)
 
 
-def _sum_groups(x, key):
-    """From one gradient for each query head to one for each key head, as `key` has them."""
-    batch, length, key_heads, _ = key.shape
-    x = ops.reshape(x, (batch, length, key_heads, -1, x.shape[-1]))
-    return ops.cast(ops.sum(x, axis=3), key.dtype)
+def _sum_groups(x, like):
+    """From one gradient for each query head to one for each head that there is."""
+    if x.shape[2] == like.shape[2]:
+        return x
+    batch, length, heads, _ = like.shape
+    x = ops.reshape(x, (batch, length, heads, -1, x.shape[-1]))
+    return ops.cast(ops.sum(x, axis=3), like.dtype)
 
 
-def sum_decays(run, geometry, log_decay):
-    """The sums of log-decays up to each token of a chunk, in two parts, or twice `None`."""
-    if log_decay is None:
-        return None, None
-    batch, length, heads = log_decay.shape
-    strides = (length * heads if batch > 1 else 0, heads, 1 if heads > 1 else 0)
-    shape = (geometry.rows, geometry.chunks, geometry.chunk)
-    grid = (geometry.rows * geometry.chunks,)
-    numbers = (geometry.length, geometry.heads, *strides)
-    outputs = [(shape, "float32")] * 2
-    return run(decay_kernel, grid, (log_decay,), numbers, outputs, {"CHUNK": geometry.chunk}, {})
+class _Launch:
+    """The kernels on the inputs and decays of one call."""
 
+    def __init__(self, run, geometry, log_decay):
+        self._run, self._geometry = run, geometry
+        self._decays = None if log_decay is None else self._prepare(log_decay)
 
-def _run_level(run, geometry, kernel, inputs, outputs, constants):
-    constants = geometry.constants | constants | {"PRODUCT": getattr(tl, geometry.product_dtype)}
-    options = geometry.options(backward=kernel is backward_kernel)
-    return run(kernel, geometry.grid, inputs, geometry.numbers, outputs, constants, options)
+    def _prepare(self, log_decay):
+        geometry = self._geometry
+        batch, length, heads = log_decay.shape
+        strides = (length * heads if batch > 1 else 0, heads, 1 if heads > 1 else 0)
+        shape = (geometry.rows, geometry.chunks, 4, geometry.chunk)
+        return self._run_chunks(
+            decay_kernel, (log_decay,), strides, shape, EXACT=geometry.product_dtype == "float32"
+        )
 
+    def decay_gradient(self, flows, inners):
+        geometry = self._geometry
+        shape = (geometry.batch, geometry.length, geometry.heads)
+        return self._run_chunks(decay_gradient_kernel, (flows, inners), (), shape)
 
-class _Between:
-    """From the sums over segments to the states before them, backwards to those after them."""
+    def _run_chunks(self, kernel, inputs, numbers, shape, **constants):
+        """A program for each chunk of each row."""
+        geometry = self._geometry
+        grid = (geometry.rows * geometry.chunks,)
+        numbers = (geometry.length, geometry.heads, *numbers)
+        constants["CHUNK"] = geometry.chunk
+        return self._run(kernel, grid, inputs, numbers, ((shape, "float32"),), constants, {})[0]
 
-    def __init__(self, run, geometry, decays, initial, reverse):
-        self._run, self._geometry, self._decays = run, geometry, decays
-        self._initial, self._reverse = initial, reverse
+    def _run_pass(self, kernel, one, inputs, outputs, **constants):
+        geometry = self._geometry
+        constants = geometry.constants(one) | constants
+        constants = {k: x for k, x in constants.items() if k in kernel.arg_names}
+        options = geometry.options(one, backward=kernel is backward_kernel)
+        return self._run(
+            kernel, geometry.grid, inputs, geometry.numbers, outputs, constants, options
+        )
 
-    def __call__(self, sums, which):
-        """Of one of the states, by its place among `S`, `P` and `F`."""
-        if sums is None:
-            return None
-        rows, segments, *shape = sums.shape
-        initial = self._initial[which]
-        size = math.prod(shape)
+    def forward(self, one, tensors, state, output, save):
+        """The output, the state after it, and if `save` those before each chunk."""
+        geometry = self._geometry
+        key, value = tensors[one.key], tensors[one.value]
+        if geometry.segments > 1:
+            state = self._between(one, key, value, state, reverse=False)
+        inputs = (tensors["query"], key, value, self._decays, state)
+        saved = geometry.state(one, geometry.chunks, geometry.product_dtype) if save else None
+        outputs = (output, geometry.state(one, 1), saved)
+        return self._run_pass(
+            forward_kernel, one, inputs, outputs, ENTERING=state is not None, SAVE=save
+        )
+
+    def backward(self, one, tensors, chunk_states, found, state):
+        """Puts gradients into `found`; returns what decays need, and that of the state before."""
+        geometry = self._geometry
+        query, key, value = tensors["query"], tensors[one.key], tensors[one.value]
+        gradient = found.pop(one.output)
+        if geometry.segments > 1:
+            state = self._between(one, query, gradient, state, reverse=True)
+        before = found.get("query"), found.get(one.key)
+        inputs = (query, key, value, self._decays, gradient, chunk_states, state, *before)
+        names = ["query", one.key] + ([one.value] if one.value != one.key else [])
+        earlier = geometry.passes[: geometry.passes.index(one)]
+        outputs = [geometry.sequence(x, self._dtype_of_gradient(x, earlier)) for x in names]
+        outputs += [None] * (3 - len(outputs))
+        count = (geometry.rows, geometry.chunks)
+        decay_outputs = [((*count, geometry.chunk), "float32"), (count, "float32")]
+        outputs += decay_outputs if geometry.decays else [None, None]
+        *results, flow, inner, state = self._run_pass(
+            backward_kernel,
+            one,
+            inputs,
+            [*outputs, geometry.state(one, 1)],
+            ENTERING=state is not None,
+            ADD_QUERY=before[0] is not None,
+            ADD_KEY=before[1] is not None,
+        )
+        found |= zip(names, results[: len(names)], strict=True)
+        return flow, inner, state
+
+    def _dtype_of_gradient(self, name, earlier):
+        """That of the products for what `earlier` passes add to or take, else that of the input."""
+        geometry = self._geometry
+        if any(name in ("query", one.key, one.value, one.output) for one in earlier):
+            return geometry.product_dtype
+        # Where heads share keys, their gradients are yet to be summed.
+        shared = geometry.heads > geometry.key_heads and name != "query"
+        return "float32" if shared else geometry.dtype
+
+    def _between(self, one, key, value, initial, reverse):
+        """The states before the segments, backwards those after them, from the sums over each."""
+        geometry = self._geometry
+        shape, dtype = geometry.state(one, geometry.segments)
+        constants = {"REVERSE": reverse}
+        if reverse:  # the queries, and the gradients of outputs
+            constants |= {"KEY_GROUP": 1, "VALUE_GROUP": 1, "SAME": False}
+        inputs = (key, value, self._decays)
+        (sums,) = self._run_pass(sum_kernel, one, inputs, ((shape, dtype),), **constants)
+        size = math.prod(shape[2:])
         constants = {
             "SIZE": size,
-            "POWER": self._geometry.powers[which],
-            "REVERSE": self._reverse,
-            "DECAYS": self._geometry.decays,
-            "CHUNK": self._geometry.chunk,
-            "LAST": 1 << (self._geometry.chunks_of_segment - 1).bit_length(),
+            "POWER": one.power,
+            "REVERSE": reverse,
+            "DECAYS": geometry.decays,
+            "CHUNK": geometry.chunk,
+            "LAST": 1 << (geometry.chunks_of_segment - 1).bit_length(),
             "INITIAL": initial is not None,
             "BLOCK": _COMBINE_BLOCK,
         }
-        grid = (rows, -(-size // _COMBINE_BLOCK))
-        inputs = (sums, *self._decays, initial)
-        numbers = (segments, self._geometry.chunks, self._geometry.chunks_of_segment)
-        outputs = ((tuple(sums.shape), "float32"),)
+        grid = (geometry.rows, -(-size // _COMBINE_BLOCK))
+        inputs = (sums, self._decays, initial)
+        numbers = (geometry.segments, geometry.chunks, geometry.chunks_of_segment)
+        outputs = ((shape, dtype),)
         return self._run(combine_kernel, grid, inputs, numbers, outputs, constants, {})[0]

@@ -3,11 +3,10 @@
     o_t = q_tᵀ H_t,   H_t = a_t^p H_{t-1} + k_t v_tᵀ
 
 Tiles of sequences come as they lie in memory, `(tokens, features)`, and go as their
-transposes, names of which end in `T`. States that mix keys and values are transposed
-too, `(value features, key features)`. So the left factors of all large products are
-what the tensor cores take from registers, where products leave it, or from memory as
-it is. Factors have the dtype of the tiles, which is float32 with decays; products are
-summed, and states kept, in float32.
+transposes, names of which end in `T`. States are transposed too, `(value features, key
+features)`. So the left factors of the large products are what the tensor cores take from
+registers, where products leave it, or from memory as it is. Factors have the dtype of
+the tiles; products are summed, and states kept, in float32.
 
 With `b_t` the sum of the log-decays of the chunk up to token `t`, and `c` its last
 token, a token `t` reads `j` with the weight `exp(p (b_t - b_j))`, the state before the
@@ -19,91 +18,122 @@ import triton.language as tl
 
 
 @triton.jit
-def scores(
-    x,
-    y,
-    coarse,
-    rest,
-    POWER: tl.constexpr,
-    ROWS_READ: tl.constexpr,
-    DECAYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`X Yᵀ` times the weights, `(tokens, tokens)`; the rows read columns, or else are read."""
+def scores(x, y, sums, rests, POWER: tl.constexpr, DECAYS: tl.constexpr, PRECISION: tl.constexpr):
+    """`X Yᵀ` times the weights, `(tokens, tokens)`; the rows read the columns."""
     product = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     index = tl.arange(0, x.shape[0])
     past = index[:, None] >= index[None, :]
-    if not ROWS_READ:
-        past = index[:, None] <= index[None, :]
     if DECAYS:
-        exponent = coarse[:, None] - coarse[None, :] + (rest[:, None] - rest[None, :])
-        exponent = exponent if ROWS_READ else -exponent
-        product = tl.where(past, product * tl.exp(POWER * tl.minimum(exponent, 0.0)), 0.0)
-    else:
-        product = tl.where(past, product, 0.0)
-    return product.to(x.dtype)
+        exponent = sums[:, None] - sums[None, :]
+        if x.dtype == tl.float32:
+            exponent += rests[:, None] - rests[None, :]
+        product *= tl.exp2(POWER * 1.4426950408889634 * tl.minimum(exponent, 0.0))
+    return tl.where(past, product, 0.0)
 
 
 @triton.jit
 def mix(
-    zT,
     scores,
+    z,
+    x,
     state,
-    xT,
-    added,
-    log_factor,
+    factor,
     POWER: tl.constexpr,
-    REFINE: tl.constexpr,
     DECAYS: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`Zᵀ scores + state Xᵀ diag(exp(p log_factor)) + added`, `(features, tokens)`, float32.
+    """`scores Z + diag(factor^p) X stateᵀ`, `(tokens, features)`, float32.
 
-    All outputs and gradients of the primitive have this form. To refine is to take in what the
-    state loses to rounding, if it is rounded, by a product of its own.
+    All outputs and gradients of the primitive have this form. If `WIDE` it is computed as its
+    transpose, of which more features have more rows.
     """
-    rounded = state.to(xT.dtype)
-    if DECAYS:
-        product = tl.dot(rounded, xT, input_precision=PRECISION)
-        added += product * tl.exp(POWER * log_factor)[None, :]
+    if WIDE:
+        product = _times(state, tl.trans(x), None, False, PRECISION)
+        if DECAYS:
+            product *= power(factor, POWER)[None, :]
+        return tl.trans(_times(tl.trans(scores), tl.trans(z), product, True, PRECISION))
     else:
-        added = tl.dot(rounded, xT, added, input_precision=PRECISION)
-        if REFINE and xT.dtype != tl.float32:
-            lost = (state - rounded.to(tl.float32)).to(xT.dtype)
-            added = tl.dot(lost, xT, added, input_precision=PRECISION)
-    return tl.dot(zT, scores, added, input_precision=PRECISION)
+        product = _times(tl.trans(state), x, None, True, PRECISION)
+        if DECAYS:
+            product *= power(factor, POWER)[:, None]
+        return _times(scores, z, product, False, PRECISION)
+
+
+@triton.jit
+def _times(x, y, added, RIGHT: tl.constexpr, PRECISION: tl.constexpr):
+    """`X Y + added`, or if `RIGHT` `Y X + added`.
+
+    What an `x` of float32 loses when it is cut to bfloat16, the dtype of `y`, is taken in by a
+    product of its own.
+    """
+    if x.dtype == y.dtype:
+        return _product(x, y, added, RIGHT, PRECISION)
+    else:
+        # Cut off, not rounded, which takes one instruction for two numbers.
+        cut = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        added = _product(cut.to(y.dtype), y, added, RIGHT, PRECISION)
+        return _product((x - cut).to(y.dtype), y, added, RIGHT, PRECISION)
+
+
+@triton.jit
+def _product(x, y, added, RIGHT: tl.constexpr, PRECISION: tl.constexpr):
+    if RIGHT:
+        return tl.dot(y, x, added, input_precision=PRECISION)
+    else:
+        return tl.dot(x, y, added, input_precision=PRECISION)
 
 
 @triton.jit
 def advance(
     state,
-    xT,
+    x,
     y,
-    log_factor,
+    factor,
     total,
     POWER: tl.constexpr,
     DECAYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`exp(p total) state + Xᵀ diag(exp(p log_factor)) Y`: over the chunk, or back over it."""
+    """`total^p state + Xᵀ diag(factor^p) Y`: over the chunk, or back over it."""
     if DECAYS:
-        state *= tl.exp(POWER * total)
-        y = y * tl.exp(POWER * log_factor)[:, None]
-    return tl.dot(xT, y, state, input_precision=PRECISION)
+        state *= power(total, POWER)
+        x = (x * power(factor, POWER)[:, None]).to(x.dtype)
+    return tl.dot(tl.trans(x), y, state, input_precision=PRECISION)
 
 
 @triton.jit
-def load_decays(coarse_start, rest_start, DECAYS: tl.constexpr, CHUNK: tl.constexpr):
-    """The sums `b_t` in two parts, see `decay_kernel`; `b_t`, `b_c - b_t`, and `b_c`."""
-    index = tl.arange(0, CHUNK)
+def inner_products(x, y, PRECISION: tl.constexpr):
+    """Those of the rows of `x` and `y`: of all rows, of which as many are thrown away.
+
+    So `y` need not be in registers, of which there are too few.
+    """
+    product = tl.dot(x.to(y.dtype), tl.trans(y), input_precision=PRECISION)
+    index = tl.arange(0, x.shape[0])
+    return tl.sum(tl.where(index[:, None] == index[None, :], product, 0.0), 1)
+
+
+@triton.jit
+def power(x, POWER: tl.constexpr):
+    result = x
+    for _ in tl.static_range(POWER - 1):
+        result *= x
+    return result
+
+
+@triton.jit
+def load_decays(start, DECAYS: tl.constexpr, CHUNK: tl.constexpr, PRODUCT: tl.constexpr):
+    """The sums `b_t` in two parts; `exp(b_t)`, `exp(b_c - b_t)`, `exp(b_c)`: see `decay_kernel`."""
+    sums, rests, from_start, to_end, total = 0.0, 0.0, 0.0, 0.0, 0.0
     if DECAYS:
-        coarse, rest = tl.load(coarse_start + index), tl.load(rest_start + index)
-        coarse_total = tl.load(coarse_start + CHUNK - 1)
-        rest_total = tl.load(rest_start + CHUNK - 1)
-        to_end = coarse_total - coarse + (rest_total - rest)
-        return coarse, rest, coarse + rest, to_end, coarse_total + rest_total
-    else:
-        return 0.0, 0.0, 0.0, 0.0, 0.0
+        index = tl.arange(0, CHUNK)
+        sums = tl.load(start + index)
+        if PRODUCT is tl.float32:
+            rests = tl.load(start + CHUNK + index)
+        from_start = tl.load(start + 2 * CHUNK + index)
+        to_end = tl.load(start + 3 * CHUNK + index)
+        total = tl.load(start + 3 * CHUNK - 1)
+    return sums, rests, from_start, to_end, total
 
 
 @triton.jit

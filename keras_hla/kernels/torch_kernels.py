@@ -7,13 +7,13 @@ from keras_hla.kernels import launch
 
 @torch.compiler.disable  # which breaks the graph here: the kernels are compiled already
 def attention(geometry, query, key, value, log_decay, states):
-    """Returns the output and the states after it, `(S, P, F)`.
+    """Returns the output and the states after it.
 
     Args:
         geometry: a `Geometry`.
         query, key, value: `(batch, length, heads, dim)`.
         log_decay: `(batch or 1, length, heads or 1)`, float32, or `None`.
-        states: `(S, P, F)`, each float32 `(batch * heads, 1, rows, columns)` or `None`.
+        states: those of the operator, each as in `Geometry.state` or `None`.
     """
     output, *states = _Attention.apply(geometry, query, key, value, log_decay, *states)
     return output, tuple(states)
@@ -28,7 +28,8 @@ class _Attention(torch.autograd.Function):
             _run, geometry, query, key, value, log_decay, states, save
         )
         ctx.geometry = geometry
-        ctx.save_for_backward(query, key, value, log_decay, *saved)
+        exchanged, chunk_states = saved if save else ((), ())
+        ctx.save_for_backward(query, key, value, log_decay, *exchanged, *chunk_states)
         return output, *last
 
     @staticmethod
@@ -38,6 +39,8 @@ class _Attention(torch.autograd.Function):
                 "The kernels have no gradients of gradients. Use implementation='portable'."
             )
         query, key, value, log_decay, *saved = ctx.saved_tensors
+        passes = len(ctx.geometry.passes)
+        saved = saved[: passes - 1], saved[passes - 1 :]
         *found, states = launch.gradients(
             _run, ctx.geometry, query, key, value, log_decay, saved, gradient, state_gradients
         )

@@ -1,0 +1,76 @@
+"""The states of segments, each from zero, in Triton."""
+
+import triton
+import triton.language as tl
+
+from keras_hla.kernels.primitive import advance, load_decays, load_rows, store_rows
+
+
+@triton.jit
+def sum_kernel(
+    # inputs
+    key,
+    value,
+    decays,
+    # numbers
+    length,
+    heads,
+    segments,
+    segment_chunks,
+    # output
+    sums,
+    # known when compiled
+    POWER: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    SAME: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DECAYS: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The state that one segment of one head leaves, from zero.
+
+    If `REVERSE`, the gradient of the state before it: `key` has the queries, `value` the
+    gradients of the outputs.
+    """
+    program = tl.program_id(0)
+    segment = program % segments
+    row = (program // segments).to(tl.int64)  # of batch and head
+    batch, head = row // heads, row % heads
+
+    # In the place of the first token of the first chunk, or of the last.
+    chunks = tl.cdiv(length, CHUNK)
+    steps = tl.minimum(segment_chunks, chunks - segment * segment_chunks)
+    chunk = segment * segment_chunks
+    step = 1
+    if REVERSE:
+        chunk += steps - 1
+        step = -1
+    token = batch * length + chunk * CHUNK
+    key_stride, value_stride = heads // KEY_GROUP * DIM, heads // VALUE_GROUP * VALUE_DIM
+    key += token * key_stride + head // KEY_GROUP * DIM
+    value += token * value_stride + head // VALUE_GROUP * VALUE_DIM
+    decays += (row * chunks + chunk) * 4 * CHUNK
+    state = tl.zeros((VALUE_BLOCK, BLOCK), tl.float32)
+    for _ in range(steps):
+        _, _, from_start, to_end, total = load_decays(decays, DECAYS, CHUNK, PRODUCT)
+        count = length - chunk * CHUNK
+        k = load_rows(key, key_stride, count, DIM, CHUNK, BLOCK).to(PRODUCT)
+        v = k
+        if not SAME:
+            v = load_rows(value, value_stride, count, VALUE_DIM, CHUNK, VALUE_BLOCK).to(PRODUCT)
+        factor = from_start if REVERSE else to_end
+        state = advance(state, v, k, factor, total, POWER, DECAYS, PRECISION)
+        chunk += step
+        key += step * CHUNK * key_stride
+        value += step * CHUNK * value_stride
+        decays += step * 4 * CHUNK
+
+    start = sums + program.to(tl.int64) * DIM * VALUE_DIM
+    store_rows(start, DIM, VALUE_DIM, state, DIM, VALUE_BLOCK, BLOCK)
