@@ -23,6 +23,9 @@ every_operator = pytest.mark.parametrize("operator", OPERATORS)
 def segments(request, monkeypatch):
     """A short sequence in one segment, or in one for each chunk."""
     monkeypatch.setattr(geometry, "_SEGMENT_CHUNKS", 1 if request.param == "segments" else 8)
+    geometry.geometry_of.cache_clear()
+    yield
+    geometry.geometry_of.cache_clear()
 
 
 def to_tensors(arrays, dtype="float32"):

@@ -1,10 +1,12 @@
 """The passes of a call, how they are cut into programs, and what those exchange."""
 
 import dataclasses
+import functools
 
 import triton.language as tl
 
 from keras_hla.kernels.device import interpreted
+from keras_hla.kernels.passes import passes_of
 
 # Rows of batch and head from which on a single segment of each fills a large GPU; and programs
 # that are wanted where it does not, two for each of its processors.
@@ -32,7 +34,7 @@ class Geometry:
     dtype: str
     decays: bool
 
-    @property
+    @functools.cached_property
     def chunk(self):
         """Tokens of a chunk: as many as the registers hold the scores of."""
         wide = max(self.dim, self.value_dim) > 64
@@ -46,59 +48,59 @@ class Geometry:
         return {"num_warps": 8 if wide else 4, "num_stages": stages}
 
     def _wide(self, one):
-        return max(self.dim_of(one.key), self.dim_of(one.value)) > 64
+        return max(self._dims[one.key], self._dims[one.value]) > 64
 
-    @property
+    @functools.cached_property
     def rows(self):
         return self.batch * self.heads
 
-    @property
+    @functools.cached_property
     def chunks(self):
         return -(-self.length // self.chunk)
 
-    @property
+    @functools.cached_property
     def chunks_of_segment(self):
         segments = max(1, _PROGRAMS // self.rows)
         if self.rows >= _ROWS:
             segments = 1
         return max(_SEGMENT_CHUNKS, -(-self.chunks // segments))
 
-    @property
+    @functools.cached_property
     def segments(self):
         return -(-self.chunks // self.chunks_of_segment)
 
-    @property
+    @functools.cached_property
     def grid(self):
         return (self.rows * self.segments,)
 
-    @property
+    @functools.cached_property
     def numbers(self):
         return self.length, self.heads, self.segments, self.chunks_of_segment
 
-    @property
+    @functools.cached_property
     def product_dtype(self):
         """The dtype of the products' operands, and of what the passes exchange: of a wide range."""
         # The interpreter multiplies no bfloat16.
         return "bfloat16" if self.dtype == "bfloat16" and not interpreted() else "float32"
 
-    def dim_of(self, name):
-        """The features of a tensor that passes take or give; an output has those of its values."""
-        values = {one.output: one.value for one in self.passes}
-        while name in values:
-            name = values[name]
-        return self.value_dim if name == "value" else self.dim
+    @functools.cached_property
+    def _dims(self):
+        dims = {"query": self.dim, "key": self.dim, "value": self.value_dim}
+        for one in self.passes:
+            dims[one.output] = dims[one.value]
+        return dims
 
     def sequence(self, name, dtype):
-        """The shape and dtype of such a tensor, with the query heads."""
-        return (self.batch, self.length, self.heads, self.dim_of(name)), dtype
+        """The shape and dtype of a tensor that passes take or give, with the query heads."""
+        return (self.batch, self.length, self.heads, self._dims[name]), dtype
 
     def state(self, one, count, dtype="float32"):
         """The shape and dtype of the state of a pass, transposed, `count` for each row."""
-        return (self.rows, count, self.dim_of(one.value), self.dim_of(one.key)), dtype
+        return (self.rows, count, self._dims[one.value], self._dims[one.key]), dtype
 
     def constants(self, one):
         """What the kernels know of a pass when they are compiled."""
-        dim, value_dim = self.dim_of(one.key), self.dim_of(one.value)
+        dim, value_dim = self._dims[one.key], self._dims[one.value]
         return {
             "POWER": one.power,
             "KEY_GROUP": self._group_of(one.key),
@@ -120,6 +122,12 @@ class Geometry:
     def _group_of(self, name):
         """How many query heads share a head of it."""
         return self.heads // self.key_heads if name in ("key", "value") else 1
+
+
+@functools.lru_cache(maxsize=256)  # as a call finds out much, for kernels that take no longer
+def geometry_of(operator, *arguments):
+    """The `Geometry` of an operator; its other arguments are those after `passes`."""
+    return Geometry(passes_of(operator), *arguments)
 
 
 def _block(dim):

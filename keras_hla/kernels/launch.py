@@ -6,6 +6,7 @@ Kernels neither read nor write what is `None`, but compute with an address for i
 States are in the order of the operator's, as in `Geometry.state`, float32.
 """
 
+import functools
 import math
 
 from keras import ops
@@ -74,6 +75,12 @@ def gradients(run, geometry, query, key, value, log_decay, saved, gradient, stat
     return found["query"], dkey, dvalue, dlog_decay, tuple(entering)
 
 
+@functools.lru_cache(maxsize=1024)
+def _constants(kernel, geometry, one):
+    """Those of a pass that the kernel has."""
+    return {k: x for k, x in geometry.constants(one).items() if k in kernel.arg_names}
+
+
 def _sum_groups(x, like):
     """From one gradient for each query head to one for each head that there is."""
     if x.shape[2] == like.shape[2]:
@@ -114,8 +121,7 @@ class _Launch:
 
     def _run_pass(self, kernel, one, inputs, outputs, **constants):
         geometry = self._geometry
-        constants = geometry.constants(one) | constants
-        constants = {k: x for k, x in constants.items() if k in kernel.arg_names}
+        constants = _constants(kernel, geometry, one) | constants
         options = geometry.options(one, backward=kernel is backward_kernel)
         return self._run(
             kernel, geometry.grid, inputs, geometry.numbers, outputs, constants, options

@@ -151,7 +151,7 @@ def higher_order_attention(
         chunk_size=chunk_size,
     )
     if choice.implementation == "triton":
-        evaluate = kernels.attention
+        evaluate = functools.partial(kernels.attention, return_state=return_state)
     elif form == "chunked":
         causal_form = functools.partial(forms.chunked, chunk_size=chunk_size)
         evaluate = _grouped(causal_form if causal else forms.unordered)
