@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 
-import triton.language as tl
-
 from keras_hla.kernels.device import interpreted
 from keras_hla.kernels.passes import passes_of
 
@@ -115,7 +113,6 @@ class Geometry:
             "WIDE": self._wide(one),
             # With decays close tokens count for most, which states, kept in float32, do not hold.
             "REFINE": self.decays and not self._wide(one),
-            "PRODUCT": getattr(tl, self.product_dtype),
             "PRECISION": "tf32x3",  # of products of float32; others are exact
         }
 

@@ -10,6 +10,7 @@ import functools
 import math
 
 from keras import ops
+import triton.language as tl
 
 from keras_hla.kernels.backward import backward_kernel
 from keras_hla.kernels.combine import combine_kernel
@@ -78,7 +79,8 @@ def gradients(run, geometry, query, key, value, log_decay, saved, gradient, stat
 @functools.lru_cache(maxsize=1024)
 def _constants(kernel, geometry, one):
     """Those of a pass that the kernel has."""
-    return {k: x for k, x in geometry.constants(one).items() if k in kernel.arg_names}
+    constants = geometry.constants(one) | {"PRODUCT": getattr(tl, geometry.product_dtype)}
+    return {k: x for k, x in constants.items() if k in kernel.arg_names}
 
 
 def _sum_groups(x, like):
