@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from scripts import run_python
 
 from keras_hla import kernels, layers, operators, ops
 
@@ -54,3 +55,9 @@ def test_explicit_kernels_are_refused_where_they_cannot_run():
     layer = layers.HLA(2, 8, implementation="triton")
     with pytest.raises(ValueError, match="implementation='triton'"):
         layer(np.zeros((1, 4, 16), "float32"))
+
+
+def test_triton_is_not_imported_where_kernels_are_not_used():
+    """Its LLVM and TensorFlow's cannot be in one process."""
+    code = "import sys, keras_hla; print('triton' in sys.modules)"
+    assert run_python("-c", code, backend="tensorflow").strip() == "False"
