@@ -18,8 +18,8 @@ _SEGMENT_CHUNKS = 8
 class Geometry:
     """The cut of one call: each head's sequence into segments, and those into chunks.
 
-    Segments run side by side, so that a few heads fill the chip; a single segment
-    takes one pass over the inputs, several take three.
+    Segments run side by side, so that a few heads fill the chip. With several the keys and
+    values of a pass are read twice: first the states that segments leave are summed.
     """
 
     passes: tuple

@@ -2,11 +2,10 @@
 
     o_t = q_tᵀ H_t,   H_t = a_t^p H_{t-1} + k_t v_tᵀ
 
-Tiles of sequences come as they lie in memory, `(tokens, features)`, and go as their
-transposes, names of which end in `T`. States are transposed too, `(value features, key
-features)`. So the left factors of the large products are what the tensor cores take from
-registers, where products leave it, or from memory as it is. Factors have the dtype of
-the tiles; products are summed, and states kept, in float32.
+Tiles of sequences are `(tokens, features)`, as they lie in memory; states are transposed,
+`(value features, key features)`, so that with many features they are the left factors of
+products, which tensor cores take from registers. Factors have the dtype of the tiles;
+products are summed, and states kept, in float32.
 
 With `b_t` the sum of the log-decays of the chunk up to token `t`, and `c` its last
 token, a token `t` reads `j` with the weight `exp(p (b_t - b_j))`, the state before the
@@ -104,9 +103,9 @@ def advance(
 
 @triton.jit
 def inner_products(x, y, PRECISION: tl.constexpr):
-    """Those of the rows of `x` and `y`: of all rows, of which as many are thrown away.
+    """Those of the rows of `x` with the same rows of `y`.
 
-    So `y` need not be in registers, of which there are too few.
+    They are the diagonal of a product, for which `y` need not be in registers, as these are few.
     """
     product = tl.dot(x.to(y.dtype), tl.trans(y), input_precision=PRECISION)
     index = tl.arange(0, x.shape[0])
