@@ -50,27 +50,22 @@ def check_head_groups(num_heads, num_key_value_heads):
 
 def check_attention_inputs(query, key, value):
     """Checks that `(batch, length, heads, dim)` tensors fit together."""
-    received = ", ".join(
-        f"{name}.shape={tuple(x.shape)}"
-        for name, x in (("query", query), ("key", key), ("value", value))
-    )
     if not _equal(query.shape[0], key.shape[0], value.shape[0]):
-        raise ValueError(
-            "Arguments `query`, `key` and `value` must have the same batch size. "
-            f"Received: {received}"
+        wrong = "Arguments `query`, `key` and `value` must have the same batch size"
+    elif not _equal(query.shape[1], key.shape[1], value.shape[1]):
+        wrong = "Arguments `query`, `key` and `value` must have the same length"
+    elif query.shape[3] != key.shape[3]:
+        wrong = "Arguments `query` and `key` must have the same last dimension"
+    elif key.shape[2] != value.shape[2]:
+        wrong = "Arguments `key` and `value` must have the same number of heads"
+    else:
+        wrong = None
+    if wrong:
+        received = ", ".join(
+            f"{name}.shape={tuple(x.shape)}"
+            for name, x in (("query", query), ("key", key), ("value", value))
         )
-    if not _equal(query.shape[1], key.shape[1], value.shape[1]):
-        raise ValueError(
-            f"Arguments `query`, `key` and `value` must have the same length. Received: {received}"
-        )
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(
-            f"Arguments `query` and `key` must have the same last dimension. Received: {received}"
-        )
-    if key.shape[2] != value.shape[2]:
-        raise ValueError(
-            f"Arguments `key` and `value` must have the same number of heads. Received: {received}"
-        )
+        raise ValueError(f"{wrong}. Received: {received}")
     check_head_groups(query.shape[2], key.shape[2])
     dtypes = [keras.backend.standardize_dtype(x.dtype) for x in (query, key, value)]
     if len(set(dtypes)) > 1 or "float" not in dtypes[0]:

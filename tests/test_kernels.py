@@ -1,5 +1,6 @@
 """The kernels against the float64 definitions: on a GPU if there is one, else interpreted."""
 
+import dataclasses
 import warnings
 
 from backends import relative_error, to_numpy
@@ -117,6 +118,44 @@ def test_gradients_of_one_state(rng, operator, place):
     wanted = expected.gradients(np.zeros_like(expected.output), weights)
     for a, e in zip(found, wanted, strict=True):
         assert relative_error(a, e) <= GRADIENT
+
+
+def test_calls_after_the_first(rng):
+    """They launch what the first compiled, whatever the addresses of their tensors."""
+    for offset in (0, 1, 0):
+        inputs, _ = draw(rng, 40, "none", dim=16, value_dim=16)
+        expected = Reference(serial, "hla2", inputs, None)
+        (weight,) = like(rng, [expected.output])
+        flat = to_tensors([np.append(np.zeros(offset), x) for x in (*inputs, weight)])
+        *tensors, gradient = (x[offset:].view(weight.shape) for x in flat)
+        output = ops.higher_order_attention(*tensors, **KERNELS)
+        found = torch.autograd.grad(output, tensors, gradient)
+        assert relative_error(output.detach(), expected.output) <= FORWARD
+        for a, e in zip(found, expected.gradients(weight), strict=True):
+            assert relative_error(a, e) <= GRADIENT
+
+
+@dataclasses.dataclass(frozen=True)
+class Twice(operators.HLA2):
+    """Both of its passes read the values."""
+
+    def chain(self, scan, state, query, key, value):
+        moved, S = scan(query, key, value, state[0])
+        output, F = scan(query, moved, value, state[1])
+        return output, (S, F)
+
+
+def test_operator_of_ones_own(rng):
+    inputs, _ = draw(rng, 40, "none", dim=16, value_dim=16)
+
+    def call(implementation):
+        tensors = to_tensors([inputs[0] / 4, inputs[1] / 4, inputs[2]])
+        output = ops.higher_order_attention(*tensors, Twice(), implementation=implementation)
+        return [output, *torch.autograd.grad(output.square().sum(), tensors)]
+
+    # The portable path of an operator is held to its definition in test_registry.py.
+    for a, e in zip(call("triton"), call("portable"), strict=True):
+        assert relative_error(a.detach(), e.detach()) <= GRADIENT
 
 
 @every_operator

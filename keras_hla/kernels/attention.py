@@ -35,7 +35,9 @@ def attention(operator, inputs, state, return_state=True):
     )
     shapes = operator.state_shapes(inputs.moments, heads, dim, value.shape[-1])
     states = tuple(x if x is None else _to_kernel(x, heads) for x in state or (None,) * len(shapes))
-    output, last = _backend().attention(geometry, query, key, value, log_decay, states)
+    output, last = _backend().attention(
+        geometry, query, key, value, log_decay, states, return_state
+    )
     if not return_state:
         return output, None
     last = [_from_kernel(x, batch, heads, shape[0]) for x, shape in zip(last, shapes, strict=True)]

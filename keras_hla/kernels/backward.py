@@ -12,6 +12,7 @@ from keras_hla.kernels.primitive import (
     scores,
     store_rows,
 )
+from keras_hla.kernels.sums import state_between
 
 
 @triton.jit
@@ -24,6 +25,8 @@ def backward_kernel(
     gradient,
     chunk_states,
     entering,
+    sums,
+    totals,
     dquery_before,
     dkey_before,
     # numbers
@@ -54,15 +57,20 @@ def backward_kernel(
     WIDE: tl.constexpr,
     REFINE: tl.constexpr,
     ENTERING: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    LEAVING: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The gradients in one segment of one head, chunk by chunk from its end.
 
-    Given are the gradient of the state after it, and the states before the chunks, that
-    `forward_kernel` stores. Gradients of queries and keys are added to those `before`, of the
-    passes after this one. Where keys are the values, theirs is that of both. For `flows` and
-    `inners` see `decay_gradient_kernel`. To `REFINE` is not to round scores.
+    Given are the states before the chunks, that `forward_kernel` stores, the gradient of the
+    state after the last token, if `ENTERING`, and if there are `SEGMENTS` what `sum_kernel`
+    stores if `REVERSE`. Stores that of the state before the first token if `LEAVING`.
+
+    Gradients of queries and keys are added to those `before`, of the passes after this one.
+    Where keys are the values, theirs is that of both. For `flows` and `inners` see
+    `decay_gradient_kernel`. To `REFINE` is not to round scores.
     """
     program = tl.program_id(0)
     segment = program % segments
@@ -93,11 +101,14 @@ def backward_kernel(
     inners += chunk
     dstate = tl.zeros((VALUE_BLOCK, BLOCK), tl.float32)
     if ENTERING:
-        start = entering + program.to(tl.int64) * DIM * VALUE_DIM
+        start = entering + row * DIM * VALUE_DIM
         dstate = load_rows(start, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
+    if SEGMENTS:
+        place, after = row * segments + segments - 1, segments - 1 - segment
+        dstate = state_between(dstate, sums, totals, place, after, -1, DIM, VALUE_DIM, DECAYS)
 
     for _ in range(steps):
-        sums, rests, from_start, to_end, total = load_decays(decays, DECAYS, CHUNK, PRODUCT)
+        within, rests, from_start, to_end, total = load_decays(decays, DECAYS, CHUNK, PRODUCT)
         count = length - last * CHUNK  # of tokens from here on
         q = load_rows(query, stride, count, DIM, CHUNK, BLOCK).to(PRODUCT)
         k = load_rows(key, key_stride, count, DIM, CHUNK, BLOCK).to(PRODUCT)
@@ -106,8 +117,8 @@ def backward_kernel(
             v = load_rows(value, value_stride, count, VALUE_DIM, CHUNK, VALUE_BLOCK).to(PRODUCT)
         g = load_rows(gradient, vstride, count, VALUE_DIM, CHUNK, VALUE_BLOCK).to(PRODUCT)
         state = load_rows(chunk_states, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
-        A = scores(q, k, sums, rests, POWER, DECAYS, PRECISION)
-        dA = scores(g, v, sums, rests, POWER, DECAYS, PRECISION)
+        A = scores(q, k, within, rests, POWER, DECAYS, PRECISION)
+        dA = scores(g, v, within, rests, POWER, DECAYS, PRECISION)
         if not REFINE:
             A, dA = A.to(PRODUCT), dA.to(PRODUCT)
         dv = mix(tl.trans(A), g, k, dstate, to_end, POWER, DECAYS, WIDE, PRECISION)
@@ -146,6 +157,6 @@ def backward_kernel(
         flows -= CHUNK
         inners -= 1
 
-    if segment == 0:
+    if LEAVING and segment == 0:
         start = leaving + row * DIM * VALUE_DIM
         store_rows(start, DIM, VALUE_DIM, dstate, DIM, VALUE_BLOCK, BLOCK)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from keras_hla.kernels.primitive import advance, load_decays, load_rows, mix, scores, store_rows
+from keras_hla.kernels.sums import state_between
 
 
 @triton.jit
@@ -14,6 +15,8 @@ def forward_kernel(
     value,
     decays,
     entering,
+    sums,
+    totals,
     # numbers
     length,
     heads,
@@ -36,14 +39,17 @@ def forward_kernel(
     DECAYS: tl.constexpr,
     WIDE: tl.constexpr,
     ENTERING: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     SAVE: tl.constexpr,
+    LEAVING: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The outputs of one segment of one head, chunk by chunk, given the state before it.
+    """The outputs of one segment of one head, chunk by chunk.
 
-    Stores the state before each chunk too, if `SAVE`, and that after the last token. `SAME` is
-    for keys that are the values as well.
+    Given are the state before the first token, if `ENTERING`, and if there are `SEGMENTS` what
+    `sum_kernel` stores. Stores the state before each chunk too, if `SAVE`, and if `LEAVING` that
+    after the last token. `SAME` is for keys that are the values as well.
     """
     program = tl.program_id(0)
     segment = program % segments
@@ -63,12 +69,15 @@ def forward_kernel(
     chunk_states += (row * chunks + first) * DIM * VALUE_DIM
     state = tl.zeros((VALUE_BLOCK, BLOCK), tl.float32)
     if ENTERING:
-        start = entering + program.to(tl.int64) * DIM * VALUE_DIM
+        start = entering + row * DIM * VALUE_DIM
         state = load_rows(start, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
+    if SEGMENTS:
+        place = row * segments
+        state = state_between(state, sums, totals, place, segment, 1, DIM, VALUE_DIM, DECAYS)
 
     steps = tl.minimum(segment_chunks, chunks - first)
     for _ in range(steps):
-        sums, rests, from_start, to_end, total = load_decays(decays, DECAYS, CHUNK, PRODUCT)
+        within, rests, from_start, to_end, total = load_decays(decays, DECAYS, CHUNK, PRODUCT)
         count = length - first * CHUNK  # of tokens left
         if SAVE:
             store_rows(chunk_states, DIM, VALUE_DIM, state, DIM, VALUE_BLOCK, BLOCK)
@@ -77,7 +86,7 @@ def forward_kernel(
         v = k
         if not SAME:
             v = load_rows(value, value_stride, count, VALUE_DIM, CHUNK, VALUE_BLOCK).to(PRODUCT)
-        A = scores(q, k, sums, rests, POWER, DECAYS, PRECISION)
+        A = scores(q, k, within, rests, POWER, DECAYS, PRECISION)
         o = mix(A, v, q, state, from_start, POWER, DECAYS, WIDE, PRECISION)
         store_rows(output, heads * VALUE_DIM, count, o, VALUE_DIM, CHUNK, VALUE_BLOCK)
         state = advance(state, v, k, to_end, total, POWER, DECAYS, PRECISION)
@@ -89,6 +98,6 @@ def forward_kernel(
         decays += 4 * CHUNK
         chunk_states += DIM * VALUE_DIM
 
-    if segment == segments - 1:
+    if LEAVING and segment == segments - 1:
         start = leaving + row * DIM * VALUE_DIM
         store_rows(start, DIM, VALUE_DIM, state, DIM, VALUE_BLOCK, BLOCK)

@@ -14,7 +14,7 @@ _PROGRAMS = 256
 _SEGMENT_CHUNKS = 8
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # each is one of `geometry_of`
 class Geometry:
     """The cut of one call: each head's sequence into segments, and those into chunks.
 
@@ -68,14 +68,6 @@ class Geometry:
         return -(-self.chunks // self.chunks_of_segment)
 
     @functools.cached_property
-    def grid(self):
-        return (self.rows * self.segments,)
-
-    @functools.cached_property
-    def numbers(self):
-        return self.length, self.heads, self.segments, self.chunks_of_segment
-
-    @functools.cached_property
     def product_dtype(self):
         """The dtype of the products' operands, and of what the passes exchange: of a wide range."""
         # The interpreter multiplies no bfloat16.
@@ -109,6 +101,7 @@ class Geometry:
             "BLOCK": _block(dim),
             "VALUE_BLOCK": _block(value_dim),
             "SAME": one.key == one.value,
+            "SEGMENTS": self.segments > 1,
             "DECAYS": self.decays,
             "WIDE": self._wide(one),
             # With decays close tokens count for most, which states, kept in float32, do not hold.

@@ -8,43 +8,45 @@ import jax_triton
 from keras_hla.kernels import launch
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attention(geometry, query, key, value, log_decay, states):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6))
+def attention(geometry, query, key, value, log_decay, states, return_state):
     """As in `keras_hla.kernels.torch_kernels`."""
-    inputs = (query, key, value, log_decay)
-    output, states, _ = launch.evaluate(_run, geometry, *inputs, states, save=False)
+    output, states, _ = launch.evaluate(
+        _run, geometry, query, key, value, log_decay, states, False, return_state
+    )
     return output, states
 
 
-def _forward(geometry, query, key, value, log_decay, states):
-    inputs = (query, key, value, log_decay)
-    output, last, saved = launch.evaluate(_run, geometry, *inputs, states, save=True)
-    return (output, last), (*inputs, states, saved)
+def _forward(geometry, query, key, value, log_decay, states, return_state):
+    output, last, saved = launch.evaluate(
+        _run, geometry, query, key, value, log_decay, states, True, return_state
+    )
+    return (output, last), (query, key, value, log_decay, states, saved)
 
 
-def _backward(geometry, residuals, gradients):
+def _backward(geometry, return_state, residuals, gradients):
     query, key, value, log_decay, states, saved = residuals
     gradient, state_gradients = gradients
+    wanted = [x is not None for x in states]
     *found, dstates = launch.gradients(
-        _run, geometry, query, key, value, log_decay, saved, gradient, state_gradients
+        _run, geometry, query, key, value, log_decay, saved, gradient, state_gradients, wanted
     )
-    given = (None if x is None else dx for x, dx in zip(states, dstates, strict=True))
-    return *found, tuple(given)
+    return *found, dstates
 
 
 attention.defvjp(_forward, _backward)
 
 
-def _run(kernel, grid, inputs, numbers, outputs, constants, options):
+def _run(step, inputs):
     inputs = [inputs[0] if x is None else x for x in inputs]
-    shapes = [jax.ShapeDtypeStruct(*(x or ((1,), "float32"))) for x in outputs]
+    shapes = [jax.ShapeDtypeStruct(*(x or ((1,), "float32"))) for x in step.outputs]
     results = jax_triton.triton_call(
         *inputs,
-        *numbers,
-        kernel=kernel,
+        *step.numbers,
+        kernel=step.kernel,
         out_shape=shapes,
-        grid=grid,
-        **constants,
-        **options,
+        grid=step.grid,
+        **step.constants,
+        **step.options,
     )
-    return tuple(None if x is None else r for x, r in zip(outputs, results, strict=True))
+    return tuple(None if x is None else r for x, r in zip(step.outputs, results, strict=True))

@@ -1,6 +1,8 @@
 """What an operator computes, as the kernels need it: its passes, read off its `chain`."""
 
+from collections.abc import Hashable
 import dataclasses
+import functools
 from typing import NamedTuple
 
 
@@ -23,6 +25,11 @@ def passes_of(operator):
 
     Returns `None` if it is more than passes of its queries, over states that it keeps.
     """
+    return _found(operator) if isinstance(operator, Hashable) else None
+
+
+@functools.lru_cache(maxsize=256)  # as each call asks
+def _found(operator):
     passes: list[Pass] = []
 
     def scan(query, key, value, state, power=1):
@@ -38,7 +45,9 @@ def passes_of(operator):
         output, _ = operator.chain(scan, states, query, key, value)
     except TypeError:
         return None
-    return tuple(passes) if passes and output.name == passes[-1].output else None
+    read = {name for one in passes for name in (one.key, one.value)} | {output.name}
+    each_is_read = bool(passes) and all(one.output in read for one in passes)
+    return tuple(passes) if each_is_read and output.name == passes[-1].output else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""The states of segments, each from zero, in Triton."""
+"""The states of segments, each from zero, and from these the states between them, in Triton."""
 
 import triton
 import triton.language as tl
 
-from keras_hla.kernels.primitive import advance, load_decays, load_rows, store_rows
+from keras_hla.kernels.primitive import advance, load_decays, load_rows, power, store_rows
 
 
 @triton.jit
@@ -17,8 +17,9 @@ def sum_kernel(
     heads,
     segments,
     segment_chunks,
-    # output
+    # outputs
     sums,
+    totals,
     # known when compiled
     POWER: tl.constexpr,
     KEY_GROUP: tl.constexpr,
@@ -34,7 +35,7 @@ def sum_kernel(
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state that one segment of one head leaves, from zero.
+    """The state that one segment of one head leaves, from zero, and `a^p` over it.
 
     If `REVERSE`, the gradient of the state before it: `key` has the queries, `value` the
     gradients of the outputs.
@@ -57,7 +58,7 @@ def sum_kernel(
     key += token * key_stride + head // KEY_GROUP * DIM
     value += token * value_stride + head // VALUE_GROUP * VALUE_DIM
     decays += (row * chunks + chunk) * 4 * CHUNK
-    state = tl.zeros((VALUE_BLOCK, BLOCK), tl.float32)
+    state, decay = tl.zeros((VALUE_BLOCK, BLOCK), tl.float32), 1.0
     for _ in range(steps):
         _, _, from_start, to_end, total = load_decays(decays, DECAYS, CHUNK, PRODUCT)
         count = length - chunk * CHUNK
@@ -67,6 +68,8 @@ def sum_kernel(
             v = load_rows(value, value_stride, count, VALUE_DIM, CHUNK, VALUE_BLOCK).to(PRODUCT)
         factor = from_start if REVERSE else to_end
         state = advance(state, v, k, factor, total, POWER, DECAYS, PRECISION)
+        if DECAYS:
+            decay *= power(total, POWER)
         chunk += step
         key += step * CHUNK * key_stride
         value += step * CHUNK * value_stride
@@ -74,3 +77,30 @@ def sum_kernel(
 
     start = sums + program.to(tl.int64) * DIM * VALUE_DIM
     store_rows(start, DIM, VALUE_DIM, state, DIM, VALUE_BLOCK, BLOCK)
+    if DECAYS:
+        tl.store(totals + program, decay)
+
+
+@triton.jit
+def state_between(
+    state,
+    sums,
+    totals,
+    place,
+    count,
+    step,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    DECAYS: tl.constexpr,
+):
+    """From the state at an end of the sequence to that beyond `count` segments.
+
+    `H_{m+1} = a_m^p H_m + sums_m`; the first has its sum at `place`, the next at `place + step`.
+    """
+    for _ in range(count):
+        if DECAYS:
+            state *= tl.load(totals + place)
+        start = sums + place * DIM * VALUE_DIM
+        state += load_rows(start, DIM, VALUE_DIM, DIM, state.shape[0], state.shape[1])
+        place += step
+    return state
