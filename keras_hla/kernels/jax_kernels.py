@@ -46,6 +46,7 @@ def _run(step, inputs):
         kernel=step.kernel,
         out_shape=shapes,
         grid=step.grid,
+        input_output_aliases={place: i for i, place in step.in_place.items()},
         **step.constants,
         **step.options,
     )

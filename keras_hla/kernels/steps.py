@@ -27,6 +27,7 @@ class Step:
     outputs: tuple  # of pairs `(shape, dtype)`, or `None` for what the kernel does not store
     constants: dict
     options: dict = dataclasses.field(default_factory=dict)
+    in_place: dict = dataclasses.field(default_factory=dict)  # outputs: the inputs they overwrite
     compiled: dict = dataclasses.field(
         default_factory=dict
     )  # what a backend makes of it, by device
@@ -56,10 +57,21 @@ def backward(geometry, one, entering, add_query, add_key, leaving):
     decay_outputs = [((*count, geometry.chunk), "float32"), (count, "float32")]
     outputs += decay_outputs if geometry.decays else [None, None]
     outputs.append(geometry.state(one, 1) if leaving else None)
-    flags = {"ADD_QUERY": add_query, "ADD_KEY": add_key}
-    return _of_pass(
-        backward_kernel, geometry, one, outputs, ENTERING=entering, LEAVING=leaving, **flags
+    step = _of_pass(
+        backward_kernel,
+        geometry,
+        one,
+        outputs,
+        ENTERING=entering,
+        LEAVING=leaving,
+        ADD_QUERY=add_query,
+        ADD_KEY=add_key,
     )
+    # A gradient that is added to has the dtype of the products, and is not needed after it.
+    for place, (name, added) in enumerate({"dquery": add_query, "dkey": add_key}.items()):
+        if added and outputs[place][1] == geometry.product_dtype:
+            step.in_place[place] = backward_kernel.arg_names.index(f"{name}_before")
+    return step
 
 
 @_cached

@@ -49,6 +49,9 @@ def sum_kernel(
     chunks = tl.cdiv(length, CHUNK)
     steps = tl.minimum(segment_chunks, chunks - segment * segment_chunks)
     chunk = segment * segment_chunks
+    # What the last leaves, or backwards the first, none needs.
+    if segment == (0 if REVERSE else segments - 1):
+        steps = 0
     step = 1
     if REVERSE:
         chunk += steps - 1

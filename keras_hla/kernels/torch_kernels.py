@@ -77,10 +77,12 @@ def _contiguous(x):
 
 def _run(step, inputs):
     some = inputs[0]
-    results = tuple(
-        None if x is None else some.new_empty(x[0], dtype=getattr(torch, x[1]))
-        for x in step.outputs
-    )
+    results = []
+    for i, x in enumerate(step.outputs):
+        if i in step.in_place:
+            results.append(inputs[step.in_place[i]])
+        else:
+            results.append(None if x is None else some.new_empty(x[0], dtype=getattr(torch, x[1])))
     arguments = [some if x is None else x for x in (*inputs, *step.numbers, *results)]
     with torch.cuda.device_of(some):
         compiled = step.compiled.get(some.device)
@@ -91,4 +93,4 @@ def _run(step, inputs):
             # Without asking again for what the arguments are like, which takes longer than the
             # kernel: the step has their dtypes and numbers, and addresses are aligned.
             compiled[(*step.grid, 1, 1)](*arguments, *step.constants.values())
-    return results
+    return tuple(results)
