@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from keras_hla.kernels.primitive import (
+    NUMBERS,
     advance,
     inner_products,
     load_decays,
@@ -15,7 +16,7 @@ from keras_hla.kernels.primitive import (
 from keras_hla.kernels.sums import state_between
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def backward_kernel(
     # inputs
     query,

@@ -3,11 +3,19 @@
 import triton
 import triton.language as tl
 
-from keras_hla.kernels.primitive import advance, load_decays, load_rows, mix, scores, store_rows
+from keras_hla.kernels.primitive import (
+    NUMBERS,
+    advance,
+    load_decays,
+    load_rows,
+    mix,
+    scores,
+    store_rows,
+)
 from keras_hla.kernels.sums import state_between
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
     # inputs
     query,

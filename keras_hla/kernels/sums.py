@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from keras_hla.kernels.primitive import advance, load_decays, load_rows, power, store_rows
+from keras_hla.kernels.primitive import NUMBERS, advance, load_decays, load_rows, power, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def sum_kernel(
     # inputs
     key,
