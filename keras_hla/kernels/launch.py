@@ -64,7 +64,7 @@ def gradients(run, geometry, query, key, value, log_decay, saved, gradient, stat
         if dvalue is not None:
             found[one.value] = _add(found.get(one.value), dvalue)
         flows, inners = _add(flows, flow), _add(inners, inner)
-    dkey, dvalue = (_sum_groups(found[name], tensors[name]) for name in ("key", "value"))
+    dkey, dvalue = (_like_input(found[name], tensors[name]) for name in ("key", "value"))
     dlog_decay = None
     if log_decay is not None:
         (dlog_decay,) = run(steps.decay_gradient(geometry), (flows, inners))
@@ -90,10 +90,9 @@ def _add(x, y):
     return y if x is None else x + y
 
 
-def _sum_groups(x, like):
-    """From one gradient for each query head to one for each head that there is."""
-    if x.shape[2] == like.shape[2]:
-        return x
-    batch, length, heads, _ = like.shape
-    x = ops.reshape(x, (batch, length, heads, -1, x.shape[-1]))
-    return ops.cast(ops.sum(x, axis=3), like.dtype)
+def _like_input(x, like):
+    """From one gradient for each query head to one for each head that there is, in its dtype."""
+    if x.shape[2] != like.shape[2]:
+        batch, length, heads, _ = like.shape
+        x = ops.sum(ops.reshape(x, (batch, length, heads, -1, x.shape[-1])), axis=3)
+    return x if x.dtype == like.dtype else ops.cast(x, like.dtype)

@@ -28,9 +28,7 @@ class Step:
     constants: dict
     options: dict = dataclasses.field(default_factory=dict)
     in_place: dict = dataclasses.field(default_factory=dict)  # outputs: the inputs they overwrite
-    compiled: dict = dataclasses.field(
-        default_factory=dict
-    )  # what a backend makes of it, by device
+    compiled: dict = dataclasses.field(default_factory=dict)  # by device, for the backend
 
 
 @_cached
