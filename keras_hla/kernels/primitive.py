@@ -15,9 +15,8 @@ chunk with `exp(p b_t)`, and is held in that after it with `exp(p (b_c - b_t))`.
 import triton
 import triton.language as tl
 
-# The numbers that kernels take. One that is compiled serves all of them, as what is known of them
-# changes no instruction.
-NUMBERS = ("length", "heads", "segments", "segment_chunks")
+# Numbers that one compiled kernel serves all of, as what is known of them changes no instruction.
+NUMBERS = ("length", "heads", "segment_chunks")
 
 
 @triton.jit
