@@ -6,9 +6,11 @@ import triton.language as tl
 from keras_hla.kernels.primitive import (
     NUMBERS,
     advance,
+    at_token,
     inner_products,
     load_decays,
     load_rows,
+    locate,
     mix,
     scores,
     store_rows,
@@ -73,10 +75,7 @@ def backward_kernel(
     Where keys are the values, theirs is that of both. For `flows` and `inners` see
     `decay_gradient_kernel`. To `REFINE` is not to round scores.
     """
-    program = tl.program_id(0)
-    segment = program % segments
-    row = (program // segments).to(tl.int64)  # of batch and head
-    batch, head = row // heads, row % heads
+    segment, row, batch, head = locate(segments, heads)
 
     # In the place of the first token of the last chunk of the segment.
     chunks = tl.cdiv(length, CHUNK)
@@ -84,11 +83,10 @@ def backward_kernel(
     last = segment * segment_chunks + steps - 1
     token = batch * length + last * CHUNK
     stride, vstride = heads * DIM, heads * VALUE_DIM
-    key_stride, value_stride = heads // KEY_GROUP * DIM, heads // VALUE_GROUP * VALUE_DIM
     place, vplace = token * stride + head * DIM, token * vstride + head * VALUE_DIM
     query += place
-    key += token * key_stride + head // KEY_GROUP * DIM
-    value += token * value_stride + head // VALUE_GROUP * VALUE_DIM
+    key, key_stride = at_token(key, token, head, heads, KEY_GROUP, DIM)
+    value, value_stride = at_token(value, token, head, heads, VALUE_GROUP, VALUE_DIM)
     gradient += vplace
     dquery_before += place
     dkey_before += place

@@ -6,8 +6,10 @@ import triton.language as tl
 from keras_hla.kernels.primitive import (
     NUMBERS,
     advance,
+    at_token,
     load_decays,
     load_rows,
+    locate,
     mix,
     scores,
     store_rows,
@@ -59,18 +61,14 @@ def forward_kernel(
     `sum_kernel` stores. Stores the state before each chunk too, if `SAVE`, and if `LEAVING` that
     after the last token. `SAME` is for keys that are the values as well.
     """
-    program = tl.program_id(0)
-    segment = program % segments
-    row = (program // segments).to(tl.int64)  # of batch and head
-    batch, head = row // heads, row % heads
+    segment, row, batch, head = locate(segments, heads)
 
     # In the place of the first token of the segment.
     first = segment * segment_chunks
     token = batch * length + first * CHUNK
-    key_stride, value_stride = heads // KEY_GROUP * DIM, heads // VALUE_GROUP * VALUE_DIM
     query += (token * heads + head) * DIM
-    key += token * key_stride + head // KEY_GROUP * DIM
-    value += token * value_stride + head // VALUE_GROUP * VALUE_DIM
+    key, key_stride = at_token(key, token, head, heads, KEY_GROUP, DIM)
+    value, value_stride = at_token(value, token, head, heads, VALUE_GROUP, VALUE_DIM)
     output += (token * heads + head) * VALUE_DIM
     chunks = tl.cdiv(length, CHUNK)
     decays += (row * chunks + first) * 4 * CHUNK

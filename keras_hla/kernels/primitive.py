@@ -124,6 +124,25 @@ def power(x, POWER: tl.constexpr):
 
 
 @triton.jit
+def locate(segments, heads):
+    """What a program evaluates: a segment, a row of batch and head, and which these are."""
+    program = tl.program_id(0)
+    segment = program % segments
+    row = (program // segments).to(tl.int64)
+    return segment, row, row // heads, row % heads
+
+
+@triton.jit
+def at_token(tensor, token, head, heads, GROUP: tl.constexpr, DIM: tl.constexpr):
+    """Where the features of a head lie at a token, and how far on those of the next token do.
+
+    `tensor` has a head for each `GROUP` of the query heads.
+    """
+    stride = heads // GROUP * DIM
+    return tensor + (token * stride + head // GROUP * DIM), stride
+
+
+@triton.jit
 def load_decays(start, DECAYS: tl.constexpr, CHUNK: tl.constexpr, PRODUCT: tl.constexpr):
     """The sums `b_t` in two parts; `exp(b_t)`, `exp(b_c - b_t)`, `exp(b_c)`: see `decay_kernel`."""
     sums, rests, from_start, to_end, total = 0.0, 0.0, 0.0, 0.0, 0.0

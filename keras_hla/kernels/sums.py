@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from keras_hla.kernels.primitive import NUMBERS, advance, load_decays, load_rows, power, store_rows
+from keras_hla.kernels.primitive import (
+    NUMBERS,
+    advance,
+    at_token,
+    load_decays,
+    load_rows,
+    locate,
+    power,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -40,10 +49,7 @@ def sum_kernel(
     If `REVERSE`, the gradient of the state before it: `key` has the queries, `value` the
     gradients of the outputs.
     """
-    program = tl.program_id(0)
-    segment = program % segments
-    row = (program // segments).to(tl.int64)  # of batch and head
-    batch, head = row // heads, row % heads
+    segment, row, batch, head = locate(segments, heads)
 
     # In the place of the first token of the first chunk, or of the last.
     chunks = tl.cdiv(length, CHUNK)
@@ -57,9 +63,8 @@ def sum_kernel(
         chunk += steps - 1
         step = -1
     token = batch * length + chunk * CHUNK
-    key_stride, value_stride = heads // KEY_GROUP * DIM, heads // VALUE_GROUP * VALUE_DIM
-    key += token * key_stride + head // KEY_GROUP * DIM
-    value += token * value_stride + head // VALUE_GROUP * VALUE_DIM
+    key, key_stride = at_token(key, token, head, heads, KEY_GROUP, DIM)
+    value, value_stride = at_token(value, token, head, heads, VALUE_GROUP, VALUE_DIM)
     decays += (row * chunks + chunk) * 4 * CHUNK
     state, decay = tl.zeros((VALUE_BLOCK, BLOCK), tl.float32), 1.0
     for _ in range(steps):
@@ -78,6 +83,7 @@ def sum_kernel(
         value += step * CHUNK * value_stride
         decays += step * 4 * CHUNK
 
+    program = tl.program_id(0)
     start = sums + program.to(tl.int64) * DIM * VALUE_DIM
     store_rows(start, DIM, VALUE_DIM, state, DIM, VALUE_BLOCK, BLOCK)
     if DECAYS:
