@@ -24,13 +24,22 @@ def contiguous(x):
 def cumulative_sum(x):
     """The sums along the last axis, in the dtype of `x`."""
     if keras.config.backend() == "torch":  # where `keras.ops.cumsum` makes float32 of float64
-        return x.cumsum(-1)
+        return x.cumsum(-1, dtype=x.dtype)
     if keras.config.backend() == "jax":
         import jax
 
         # Or XLA sums up constant decays while it compiles, which takes seconds for long sequences.
         x = jax.lax.optimization_barrier(x)
     return ops.cumsum(x, axis=-1)
+
+
+def cos_and_sin(x):
+    """Both in the dtype of `x`."""
+    if keras.config.backend() == "jax":  # where those of `keras.ops` make float32 of float64
+        import jax.numpy as jnp
+
+        return jnp.cos(x), jnp.sin(x)
+    return ops.cos(x), ops.sin(x)
 
 
 def scan_serially(step, state, inputs, output_dtype=None):

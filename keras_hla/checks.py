@@ -88,9 +88,9 @@ def check_log_decay(log_decay, batch, length, heads):
         return None
     if isinstance(log_decay, numbers.Number | list | tuple | np.ndarray):
         log_decay = np.asarray(log_decay, dtype="float64")
-        if not np.all((log_decay <= 0) & np.isfinite(log_decay)):
+        if not np.all(log_decay <= 0):
             raise ValueError(
-                "Argument `log_decay` must be finite and <= 0: decays lie in (0, 1]. "
+                "Argument `log_decay` must be finite and <= 0, or -inf: decays lie in [0, 1]. "
                 f"Received: log_decay={log_decay}"
             )
     shape = tuple(log_decay.shape)

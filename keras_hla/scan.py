@@ -23,6 +23,8 @@ from keras_hla.backend import cumulative_sum, size_at_run_time
 _DIRECT = 64
 # The size of a group where the number of states is unknown at trace time.
 _GROUP = 32
+# Log-decays are summed in whole parts of this size, and their rests.
+_PARTS = 256
 
 
 class ChunkedScan:
@@ -37,9 +39,9 @@ class ChunkedScan:
     def __init__(self, log_decay, size, dtype):
         self._decays = log_decay is not None
         if self._decays:
-            sums = _cumulative_sums(log_decay)
-            self._total = sum(sums)
-            self._within = _products(*sums)
+            whole, rest = _cumulative_sums(log_decay)
+            self._total = _to_nats(whole, rest.dtype) + rest
+            self._within = _products(whole, rest)
         else:
             self._within = ops.cast(causal_mask(size), dtype)
 
@@ -78,7 +80,7 @@ class ChunkedScan:
         if self._decays:
             to_end = self._within[..., -1, :][..., None]
             key = key * _power(to_end, power)
-            log_chunk = _clip(self._total[..., -1]) * power
+            log_chunk = bound(self._total[..., -1]) * power
         return self._scan_states(ops.swapaxes(key, -1, -2) @ value, log_chunk, state)
 
     def _scan_states(self, sums, log_chunk, state):
@@ -126,18 +128,22 @@ def decay_products(log_decay):
 
 
 def _cumulative_sums(log_decay):
-    """The sums up to each token, in two parts.
+    """The sums up to each token, in two parts: whole 256ths, as integers, and the rests.
 
-    Sums of whole 256ths are exact, those of the rests small: so their differences
-    are accurate however long the sums have become.
+    Differences of the first are exact and those of the second, which stay small, accurate,
+    however long the sums have become.
     """
-    coarse = ops.round(ops.stop_gradient(log_decay) * 256) / 256
-    return cumulative_sum(coarse), cumulative_sum(log_decay - coarse)
+    whole = ops.cast(ops.round(ops.stop_gradient(log_decay) * _PARTS), "int32")
+    return cumulative_sum(whole), cumulative_sum(log_decay - _to_nats(whole, log_decay.dtype))
 
 
-def _products(coarse, rest):
-    past = causal_mask(ops.shape(coarse)[-1])
-    exponent = _differences(coarse) + _differences(rest)
+def _to_nats(whole, dtype):
+    return ops.cast(whole, dtype) / _PARTS
+
+
+def _products(whole, rest):
+    past = causal_mask(ops.shape(rest)[-1])
+    exponent = _to_nats(_differences(whole), rest.dtype) + _differences(rest)
     return ops.exp(ops.where(past, exponent, -math.inf))
 
 
@@ -150,16 +156,15 @@ def _differences(total):
     return total[..., :, None] - total[..., None, :]
 
 
-def zero_decay(dtype):
-    """The logarithm of a decay that is zero in a dtype. It is finite, so that sums stay exact."""
-    return -1024.0 if dtype == "float64" else -128.0
+def bound(log_decay):
+    """The log-decay, with a finite number for each, -inf included, whose decay is zero anyway.
 
-
-def _clip(log_decay):
-    # What is below is zero anyway, and sums of it would lose their exactness. (Not by `maximum`,
-    # which makes float32 of float64 under torch.)
-    zero = zero_decay(keras.backend.standardize_dtype(log_decay.dtype))
-    return ops.where(log_decay > zero, log_decay, zero)
+    So sums stay finite. NaN stays NaN.
+    """
+    dtype = keras.backend.standardize_dtype(log_decay.dtype)
+    zero = -1024.0 if dtype == "float64" else -128.0
+    # Not by `maximum`, which makes float32 of float64 under torch.
+    return ops.where(log_decay < zero, zero, log_decay)
 
 
 def _power(decay, power):
@@ -217,14 +222,14 @@ def _scan_in_groups(sums, log_decay, state):
     sums = split_axis(sums, size, axis=-2)
     if log_decay is not None:
         log_decay = split_axis(log_decay, size, axis=-1)
-        log_group = _clip(ops.sum(log_decay, axis=-1))
+        log_group = bound(ops.sum(log_decay, axis=-1))
     # With a number that is unknown at trace time there is no telling how deep to go.
     scan = _scan if isinstance(n, int) else _scan_directly
     entering, group_sums = scan(sums, log_decay)
     entering_group, last = scan(group_sums, log_group, state)
     entering_group = entering_group[..., None, :]
     if log_decay is not None:
-        so_far = cumulative_sum(log_decay) - log_decay
+        so_far = pad_axis(cumulative_sum(log_decay)[..., :-1], 1, 0, axis=-1)
         entering_group = entering_group * ops.exp(so_far)[..., None]
     return merge_axis(entering + entering_group, n, axis=-2), last
 

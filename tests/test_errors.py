@@ -51,7 +51,7 @@ def test_dtypes():
         ({"chunk_size": True}, "`chunk_size` must be a positive integer.*chunk_size=True"),
         ({"log_decay": 0.1}, "`log_decay` must be finite and <= 0.*log_decay=0.1"),
         ({"log_decay": [-0.1, 0.2, 0, 0]}, "`log_decay` must be finite and <= 0"),
-        ({"log_decay": -np.inf}, "`log_decay` must be finite and <= 0.*log_decay=-inf"),
+        ({"log_decay": np.inf}, "`log_decay` must be finite and <= 0.*log_decay=inf"),
         ({"log_decay": np.nan}, "`log_decay` must be finite and <= 0.*log_decay=nan"),
         ({"log_decay": np.zeros(3)}, r"`log_decay` must be broadcastable.*shape=\(3,\)"),
         ({"log_decay": np.zeros((5, 4))}, r"`log_decay` must be broadcastable.*shape=\(5, 4\)"),

@@ -71,6 +71,27 @@ def test_without_states(rng, operator):
 
 
 @every_operator
+@pytest.mark.parametrize("strong", [-1e5, -1e9, -np.inf])
+@pytest.mark.usefixtures("segments")
+def test_strong_decays(rng, operator, strong):
+    """Tokens that forget all before them, the first of a chunk among them."""
+    inputs, log_decay = draw(rng, 75, "per_token", dim=16, value_dim=16, batch=1)
+    log_decay[:, [5, 6, 64]] = strong
+    expected = Reference(serial, operator, inputs, log_decay)
+    weights = like(rng, [expected.output, *expected.states])
+    state = [np.zeros_like(x) for x in weights[1:]]
+    (output, *last), found = attend_with_gradients(
+        inputs, log_decay, weights, state, operator=operator, **KERNELS
+    )
+    assert relative_error(output, expected.output) <= FORWARD
+    for a, e in zip(last, expected.states, strict=True):
+        assert relative_error(a, e) <= FORWARD
+    wanted = expected.gradients(weights[0], weights[1:])
+    for a, e in zip(found[: len(wanted)], wanted, strict=True):
+        assert relative_error(a, e) <= GRADIENT
+
+
+@every_operator
 @pytest.mark.parametrize("shape", [(1, 45, 1), (2, 45, 1), (1, 45, 4), (2, 45, 2)])
 def test_shared_keys_and_decays(rng, operator, shape):
     """States in and out, and gradients, where heads share keys and decays."""

@@ -57,10 +57,10 @@ def higher_order_attention(
             other; or `"matrix"`, the definition with its length x length
             weights, which neither takes nor returns a state.
         log_decay: Logarithm of the decay, `log a_t <= 0`: a number or a tensor
-            broadcastable to `(batch, length, heads)`. Its sign is checked for
-            numbers and NumPy arrays. If it has one value per query head, each
-            query head holds its own moment of the keys it shares. `None` is no
-            decay.
+            broadcastable to `(batch, length, heads)`. `-inf` forgets all before
+            the token. Its sign is checked for numbers and NumPy arrays. If it has
+            one value per query head, each query head holds its own moment of the
+            keys it shares. `None` is no decay.
         masked: `False` is the paper's prefix-unmasked variant, of second and
             third order: the sum over all `i, j <= t`, `q_tᵀ S_t C_t` for
             `"hla2"`. It is causal, too.

@@ -1,5 +1,6 @@
 """From the arguments of the public functions to what evaluates them."""
 
+import math
 from typing import Any, NamedTuple
 
 import keras
@@ -13,7 +14,7 @@ from keras_hla.checks import (
     check_states,
 )
 from keras_hla.layout import apply_mask, group, group_sequence, segment_starts, spread_log_decay
-from keras_hla.scan import zero_decay
+from keras_hla.scan import bound
 
 
 class Inputs(NamedTuple):
@@ -64,6 +65,8 @@ def prepare(query, key, value, log_decay, mask, segment_ids=None):
     if segment_ids is not None:
         starts = segment_starts(ops.convert_to_tensor(segment_ids), mask)
         log_decay = forget_at(starts[..., None], log_decay, dtype)
+    if log_decay is not None:
+        log_decay = bound(log_decay)
     return Inputs(query, key, value, log_decay)
 
 
@@ -79,7 +82,7 @@ def prepare_state(name, state, operator, inputs):
 def forget_at(starts, log_decay, dtype):
     """The log-decay with which tokens at `starts` forget all before them."""
     log_decay = 0.0 if log_decay is None else log_decay
-    return ops.cast(ops.where(starts, zero_decay(dtype), log_decay), dtype)
+    return ops.cast(ops.where(starts, -math.inf, log_decay), dtype)
 
 
 def state_dtype(dtype):
