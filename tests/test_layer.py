@@ -1,5 +1,7 @@
 """The layer and its cell: streaming, state, masks, dtypes, configs and training."""
 
+import fractions
+
 from backends import call, compiled, gradients, relative_error, run, to_numpy
 from definitions import Reference, serial
 import keras
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from keras_hla import layers
+from keras_hla.layers.rotary import advance, rotation
 
 CONFIGURATIONS = {
     "plain": {},
@@ -130,7 +133,7 @@ def test_stateful(x, piece):
     for _ in range(2):
         outputs = [model.predict(p, verbose=0) for p in np.split(x, 21 // piece, axis=1)]
         assert relative_error(np.concatenate(outputs, axis=1), expected) <= 1e-5
-        assert to_numpy(layer.states[-1]).tolist() == [[21], [21]]
+        assert to_numpy(layer.states[-1]).tolist() == [[0, 21], [0, 21]]
         layer.reset_state()
         assert all(np.all(to_numpy(state) == 0) for state in layer.states)
 
@@ -142,7 +145,7 @@ def test_stateful_training_goes_on_from_the_last_batch(x):
     model.compile("adam", "mse")
     batches = np.concatenate(np.split(x, 2, axis=1))
     model.fit(batches, batches, batch_size=2, epochs=2, shuffle=False, verbose=0)
-    assert to_numpy(layer.states[-1]).tolist() == [[140], [140]]
+    assert to_numpy(layer.states[-1]).tolist() == [[0, 140], [0, 140]]
 
 
 def test_return_sequences(x, rng):
@@ -233,7 +236,7 @@ def test_packed_documents_are_separate(x, name):
     alone = np.concatenate([to_numpy(piece[0]) for piece in pieces], axis=1)
     # Positions go on: only their differences matter to outputs, but the states are turned.
     assert relative_error(output, alone) <= 1e-5
-    assert to_numpy(states[-1]).tolist() == [[70], [70]]
+    assert to_numpy(states[-1]).tolist() == [[0, 70], [0, 70]]
     sequences, ids = keras.Input((70, 16)), keras.Input((70,), dtype="int32")
     model = keras.Model([sequences, ids], layer(sequences, segment_ids=ids)[0])
     assert relative_error(model.predict([x, segment_ids], verbose=0), output) <= 1e-5
@@ -247,7 +250,7 @@ def test_implicit_mask(rng):
     embedded = embedding(tokens)
     output, *states = layer(embedded)
     assert np.all(to_numpy(output)[0, 20:] == 0)
-    assert to_numpy(states[-1]).tolist() == [[20], [30]]
+    assert to_numpy(states[-1]).tolist() == [[0, 20], [0, 30]]
     np.testing.assert_array_equal(to_numpy(output._keras_mask), tokens != 0)
     zeros = layer.get_initial_state(2)
     again, *_ = layer(embedding(tokens), initial_state=zeros)  # two tensors: Keras passes no mask
@@ -341,7 +344,7 @@ def test_low_precision_policies_keep_float32_states(x, policy):
         assert keras.backend.standardize_dtype(state.dtype) == state_spec.dtype == "float32"
     tolerance = {"float16": 1e-2, "bfloat16": 8e-2}[compute]
     assert relative_error(output, expected) <= tolerance
-    assert to_numpy(states[-1]).tolist() == [[70], [70]]
+    assert to_numpy(states[-1]).tolist() == [[0, 70], [0, 70]]
 
 
 def test_stateful_keeps_float32_state_under_mixed_precision(x):
@@ -350,7 +353,7 @@ def test_stateful_keeps_float32_state_under_mixed_precision(x):
     layer(x)
     assert {v.dtype for v in layer.states} == {"float32"}
     # 140 is no bfloat16 number plus one, and the moments would lose their small parts.
-    assert to_numpy(layer.states[-1]).tolist() == [[140], [140]]
+    assert to_numpy(layer.states[-1]).tolist() == [[0, 140], [0, 140]]
     S = to_numpy(layer.states[0])
     assert not np.array_equal(S, to_numpy(keras.ops.cast(layer.states[0], "bfloat16")))
 
@@ -365,14 +368,55 @@ def test_changing_a_token_leaves_earlier_outputs_bitwise_equal(x):
     assert not np.any(before[:, 40] == after[:, 40])
 
 
-def test_positions_count_from_the_state(x):
-    """A rotary embedding sees only distances, also a million tokens from the start."""
-    layer = make("plain", return_state=True)
+@pytest.mark.parametrize("options", [{}, {"key_dim": 64, "rope_max_wavelength": 1e6}])
+def test_positions_count_from_the_state(x, options):
+    """A rotary embedding sees only distances, also billions of tokens from the start."""
+    layer = make("plain", return_state=True, **options)
     output, *_ = call(layer, x)
-    for start in (5, 1023, 65_536, 1_000_003):
-        *memory, position = layer.get_initial_state(2)
-        moved, *_ = call(layer, x, [*memory, position + start])
-        assert relative_error(moved, output) <= (1e-5 if start < 1e5 else 2e-3)
+    for start in (5, 1023, 2**16 - 30, 10**6 + 3, 10**7, 2**24 - 30, 2**24 + 1, 10**9, 10**12):
+        *memory, _ = layer.get_initial_state(2)
+        moved, *states = call(layer, x, [*memory, np.array([divmod(start, 2**16)] * 2)])
+        assert relative_error(moved, output) <= 1e-6
+        assert to_numpy(states[-1]).tolist() == [list(divmod(start + 70, 2**16))] * 2
+        # A start that is not split in two numbers, as far as one can hold it.
+        moved, *_ = call(layer, x, [*memory, np.array([[0, start]] * 2)])
+        assert relative_error(moved, output) <= 1e-6
+
+
+def test_pieces_are_the_whole_at_any_position(x):
+    layer = make("every option", return_state=True)
+    for start in (0, 2**24 - 40, 10**9):
+        *memory, _ = layer.get_initial_state(2)
+        position = np.array([divmod(start, 2**16)] * 2)
+        whole, *_ = call(layer, x, [*memory, position])
+        states, outputs = [*memory, position], []
+        for piece in (x[:, :39], x[:, 39:40], x[:, 40:]):
+            output, *states = call(layer, piece, states)
+            outputs.append(to_numpy(output))
+        assert relative_error(np.concatenate(outputs, axis=1), whole) <= 1e-5
+
+
+@pytest.mark.parametrize("wavelength", [0.3, 100.0, 1e4, 1e9])
+def test_angles(wavelength):
+    """Against exact arithmetic, far out and around the ends of blocks."""
+    start = np.array([0, 2**16 - 3, 2**24 - 3, 10**9], dtype=object)
+    counts = np.arange(6)
+    position = np.array([divmod(n, 2**16) for n in start], "float32")
+    angles = run(lambda p, n: rotation(advance(p, n), 8, wavelength), position, counts[None])
+    turns = [fractions.Fraction(w) for w in wavelength ** (-np.arange(4) / 4) / (2 * np.pi)]
+    for row, column in np.ndindex(4, 6):
+        parts = [float((start[row] + int(counts[column])) * t % 1) for t in turns]
+        expected = np.cos(np.multiply(parts, 2 * np.pi)), np.sin(np.multiply(parts, 2 * np.pi))
+        for a, e in zip(angles, expected, strict=True):
+            np.testing.assert_allclose(to_numpy(a)[row, column, 0], e, atol=2e-6)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
+def test_an_rnn_of_low_precision_is_refused(x, policy):
+    """As Keras casts the states: a position of bfloat16 counts to 256."""
+    cell = make("plain", dtype=policy).cell
+    with pytest.raises(ValueError, match=r"`states` must hold tensors of dtype float32.*state S"):
+        keras.layers.RNN(cell, dtype=policy)(x)
 
 
 def twice(x):

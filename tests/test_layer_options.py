@@ -1,10 +1,13 @@
 """Options of the layer: convolution, dropout, sizes, full attention, long sequences in pieces."""
 
+import os
+
 from backends import call, relative_error, run, to_numpy, value_and_gradients
 from definitions import Reference, index_sum
 import keras
 import numpy as np
 import pytest
+from scripts import run_python
 
 from keras_hla import layers
 from keras_hla.layers.short_convolution import ShortConvolution
@@ -176,3 +179,26 @@ def test_training_in_pieces_is_training(x, jit_compile):
         histories.append(model.fit(x, x, epochs=3, verbose=0).history["loss"])
     assert histories[0][-1] < 0.9 * histories[0][0]
     np.testing.assert_allclose(histories[1], histories[0], rtol=1e-5)
+
+
+ONE_TOKEN = """
+import os, torch, keras
+from keras_hla.layers.decay import LogDecay
+torch.set_num_threads(4)
+for decay in ("learned", "input"):
+    layer = LogDecay(decay, 4)
+    layer.build((None, 8))
+    with torch.no_grad():
+        before = os.listdir("/proc/self/task")
+        layer(torch.ones(1, 1, 8))
+        assert os.listdir("/proc/self/task") == before, decay
+"""
+
+
+@pytest.mark.skipif(
+    BACKEND != "torch" or not os.path.exists("/proc/self/task"),
+    reason="PyTorch's threads, counted as Linux lists them",
+)
+def test_the_decay_of_one_token_starts_no_threads():
+    """Threads that wait for each other take milliseconds on a busy machine."""
+    run_python("-c", ONE_TOKEN, backend="torch")

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_hla import ops
+from keras_hla import layers, ops
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -107,3 +107,76 @@ def test_65536_tokens(operator):
         errors = [relative_error(output[window][:, :, h], exact[window][:, :, h]) for h in range(3)]
         print(f"  tokens {begin:6} to {end:6}: " + ", ".join(f"{error:.1e}" for error in errors))
         assert max(errors) <= 1e-5
+
+
+def layer_in_float64(layer, x):
+    """What the layer computes, in NumPy and by the definition of its operator."""
+    cell = layer.cell
+    weights = {w.path.split("/", 2)[-1]: to_numpy(w) for w in cell.weights}
+    batch, length, _ = x.shape
+
+    def dense(x, name):
+        return x @ weights[f"{name}/kernel"] + weights[f"{name}/bias"]
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def heads(x):
+        return x.reshape(batch, length, cell.num_heads, -1)
+
+    def norm(x, name):
+        mean = np.mean(x**2, axis=-1, keepdims=True)
+        return x / np.sqrt(mean + cell.norm.epsilon) * weights[f"{name}/scale"]
+
+    def rotate(x):
+        half = cell.key_dim // 2
+        frequency = cell.rope_max_wavelength ** (-np.arange(half) / half)
+        angle = np.arange(length)[:, None, None] * frequency
+        first, second = x[..., :half], x[..., half:]
+        cos, sin = np.cos(angle), np.sin(angle)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    kernel = weights["conv/kernel"]
+    rows = np.concatenate([dense(x, name) for name in ("query", "key", "value")], axis=-1)
+    rows = np.pad(rows, ((0, 0), (len(kernel) - 1, 0), (0, 0)))
+    rows = silu(sum(tap * rows[:, i : i + length] for i, tap in enumerate(kernel)))
+    q, k, v = map(heads, np.split(rows, 3, axis=-1))
+    q = rotate(norm(q, "query_norm") * cell.scale)
+    k = rotate(norm(k, "key_norm"))
+    decay = 1 / (1 + np.exp(-dense(x, "decay/logit")))
+    output = norm(Reference(serial, "hla2", (q, k, v), np.log(decay)).output, "norm")
+    return dense(output.reshape(batch, length, -1) * silu(dense(x, "gate")), "output")
+
+
+def test_a_float64_policy(rng):
+    x = rng.standard_normal((2, 30, 16))
+    with float64_enabled():
+        layer = layers.HLA(
+            4, 8, decay="input", conv_kernel_size=3, qk_norm=True, output_gate="silu",
+            dtype="float64",
+        )  # fmt: skip
+        layer.build(x.shape)
+        layer.set_weights([0.3 * rng.standard_normal(w.shape) for w in layer.get_weights()])
+        output = layer(x)  # an array
+        assert keras.backend.standardize_dtype(output.dtype) == "float64"
+        assert relative_error(output, layer_in_float64(layer, x)) <= 1e-12
+        rnn = keras.layers.RNN(layer.cell, return_sequences=True, unroll=True, dtype="float64")
+        assert relative_error(rnn(keras.ops.convert_to_tensor(x)), output) <= 1e-12
+
+
+def test_a_block_of_a_float64_policy(rng):
+    x = rng.standard_normal((2, 12, 16))
+
+    def norm(x, scale):
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * to_numpy(scale)
+
+    with float64_enabled():
+        block = layers.HLADecoderBlock(2, 8, dtype="float64")
+        block.build(x.shape)
+        block.set_weights([0.3 * rng.standard_normal(w.shape) for w in block.get_weights()])
+        y = x + to_numpy(block.mixer(norm(x, block.mixer_norm.scale)))
+        hidden = norm(y, block.mlp_norm.scale)
+        gate = hidden @ to_numpy(block.gate_dense.kernel)
+        hidden = gate / (1 + np.exp(-gate)) * (hidden @ to_numpy(block.up_dense.kernel))
+        expected = y + hidden @ to_numpy(block.down_dense.kernel)
+        assert relative_error(block(x), expected) <= 1e-12

@@ -5,6 +5,7 @@ from keras_hub.models import Backbone
 
 from keras_hla.checks import check_positive_int
 from keras_hla.layers import HLADecoderBlock
+from keras_hla.layers.float64 import make_rms_norm
 
 # Arguments of the blocks that generation leaves no choice of.
 _FIXED = {"return_state": True, "stateful": False, "causal": True}
@@ -113,7 +114,7 @@ class HLABackbone(Backbone):
             )
             for i in range(num_layers)
         ]
-        self.norm = keras.layers.RMSNormalization(epsilon=norm_epsilon, dtype=dtype, name="norm")
+        self.norm = make_rms_norm(dtype, epsilon=norm_epsilon, name="norm")
         # Both treat each token alone. If they do not say so, Keras warns that a mask ends there.
         self.token_embedding.supports_masking = self.norm.supports_masking = True
 

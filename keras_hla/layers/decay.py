@@ -6,6 +6,8 @@ import keras
 from keras import ops
 import numpy as np
 
+from keras_hla.layers.float64 import make_dense
+
 _NAMES = ("multiscale", "learned", "input")
 # Logits of trained decays start here, spread over the heads: decays from 0.88 to 0.998.
 _FIRST_LOGIT, _LAST_LOGIT = 2.0, 6.0
@@ -34,11 +36,11 @@ class LogDecay(keras.layers.Layer):
                 name="logit", shape=(self.num_heads,), initializer=start, autocast=False
             )
         elif self.decay == "input":
-            self.logit_dense = keras.layers.Dense(
+            self.logit_dense = make_dense(
                 self.num_heads,
+                self.dtype_policy,
                 kernel_initializer="zeros",
                 bias_initializer=start,
-                dtype=self.dtype_policy,
                 name="logit",
             )
             self.logit_dense.build(input_shape)
@@ -46,14 +48,19 @@ class LogDecay(keras.layers.Layer):
     def call(self, inputs):
         """Returns `log a_t`, broadcastable to `(..., num_heads)`."""
         if self.decay == "learned":
-            return ops.log_sigmoid(self.logit)
+            return _log_sigmoid(self.logit)
         if self.decay == "input":
-            return ops.log_sigmoid(self.logit_dense(inputs))
+            return _log_sigmoid(self.logit_dense(inputs))
         if self.decay == "multiscale":
             decay = 1 - 1 / np.geomspace(_SHORTEST, _LONGEST, self.num_heads)
         else:
             decay = self.decay
         return ops.convert_to_tensor(np.log(decay), self.compute_dtype)
+
+
+def _log_sigmoid(x):
+    # Not that of `keras.ops`, which takes milliseconds for one token under torch.
+    return -ops.softplus(-x)
 
 
 def check_decay(decay, num_heads):

@@ -90,7 +90,8 @@ class HLA(keras.layers.Layer):
         as `num_heads` where decays differ by head); `F`, `(batch, num_heads,
         key_dim, value_dim)`; then, if there is a convolution, the window of the
         last tokens that it reads, and if there is a rotary embedding, the
-        position, `(batch, 1)`.
+        position, `(batch, 2)`: how many blocks of 65,536 tokens lie before, and
+        how many tokens besides.
 
     Raises:
         ValueError: if an argument is outside of what it may be.

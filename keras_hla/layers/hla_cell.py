@@ -8,7 +8,8 @@ from keras_hla import operators
 from keras_hla.checks import check_head_groups, check_number, check_positive_int
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
-from keras_hla.layers.rotary import rotate, rotation
+from keras_hla.layers.float64 import make_dense, make_rms_norm
+from keras_hla.layers.rotary import advance, rotate, rotation
 from keras_hla.layers.short_convolution import ShortConvolution
 from keras_hla.layout import count_tokens
 from keras_hla.ops import attention_step
@@ -252,7 +253,7 @@ class HLACell(keras.layers.Layer):
         if self.conv_kernel_size is not None:
             sizes.append((self.conv_kernel_size - 1, sum(self._projected_sizes)))
         if self.rope_max_wavelength is not None:
-            sizes.append((1,))
+            sizes.append((2,))
         return sizes
 
     @property
@@ -270,6 +271,7 @@ class HLACell(keras.layers.Layer):
         return [ops.zeros((batch_size, *size), self.state_dtype) for size in self.state_size]
 
     def call(self, inputs, states, training=None):
+        self._check_dtypes(states)
         memory, context = self.split_states(states)
         (query, key, value, log_decay), context = self.project(inputs[:, None], context)
         if log_decay is not None and len(log_decay.shape) == 3:
@@ -286,6 +288,18 @@ class HLACell(keras.layers.Layer):
         )
         output = self.drop(self.finish(output, inputs), training)
         return output, [*memory, *context.values()]
+
+    def _check_dtypes(self, states):
+        """Refuses what `keras.layers.RNN` makes of states under a policy of low precision."""
+        for name, state in zip(self.state_names, states, strict=True):
+            dtype = keras.backend.standardize_dtype(state.dtype)
+            if dtype != self.state_dtype:
+                raise ValueError(
+                    f"Argument `states` must hold tensors of dtype {self.state_dtype} under every "
+                    "policy of low precision, but `keras.layers.RNN` casts them. Use "
+                    f"`keras_hla.layers.HLA`, or a policy of {self.state_dtype}. "
+                    f"Received: state {name} of dtype {dtype}, policy {self.dtype_policy.name}"
+                )
 
     def split_states(self, states):
         """The list of the operator's states, and a dictionary of the others."""
@@ -327,10 +341,10 @@ class HLACell(keras.layers.Layer):
         query = query * self.scale
         if self.rope_max_wavelength is not None:
             start = context["position"]
-            count = _count(sequences, mask, start.dtype)
-            angles = rotation(start + (count - 1), self.key_dim, self.rope_max_wavelength)
+            before, total = _count(sequences, mask, start.dtype)
+            angles = rotation(advance(start, before), self.key_dim, self.rope_max_wavelength)
             query, key = (rotate(x, *angles) for x in (query, key))
-            context = context | {"position": start + count[:, -1:]}
+            context = context | {"position": advance(start, total)[:, 0]}
         log_decay = None if self.decay is None else self.log_decay(sequences)
         if starts is not None:
             log_decay = forget_at(starts[..., None], log_decay, self.state_dtype)
@@ -351,15 +365,16 @@ class HLACell(keras.layers.Layer):
         return self.dropout_layer(output, training=training) if self.dropout else output
 
     def _norm(self, name, dim):
-        norm = keras.layers.RMSNormalization(dtype=self.state_dtype, name=name)
+        norm = make_rms_norm(self.state_dtype, name=name)
         norm.build((None, dim))
         return norm
 
     def make_dense(self, units, name):
         """A `Dense` layer with the bias, initializers, regularizers and constraints of this one."""
         # Every projection needs an initializer of its own, or all would start with equal weights.
-        return keras.layers.Dense(
+        return make_dense(
             units,
+            self.dtype_policy,
             use_bias=self.use_bias,
             kernel_initializer=_copy(self.kernel_initializer),
             bias_initializer=_copy(self.bias_initializer),
@@ -367,7 +382,6 @@ class HLACell(keras.layers.Layer):
             bias_regularizer=self.bias_regularizer,
             kernel_constraint=self.kernel_constraint,
             bias_constraint=self.bias_constraint,
-            dtype=self.dtype_policy,
             name=name,
         )
 
@@ -420,10 +434,15 @@ def _split_heads(x, heads, dim):
 
 
 def _count(sequences, mask, dtype):
-    """The number of tokens that count, up to each, `(batch or 1, length)`."""
+    """The number of unmasked tokens before each, `(batch or 1, length)`, and of all."""
     if mask is None:
-        return ops.cast(ops.arange(1, ops.shape(sequences)[1] + 1), dtype)[None]
-    return ops.cast(count_tokens(mask), dtype)
+        before = ops.arange(ops.shape(sequences)[1])[None]
+        total = ops.shape(sequences)[1]
+    else:
+        mask = ops.cast(mask, "int32")
+        before = count_tokens(mask) - mask
+        total = ops.sum(mask, axis=1, keepdims=True)
+    return ops.cast(before, dtype), ops.cast(total, dtype)
 
 
 def _copy(initializer):

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_hla.checks import check_mask, check_number, check_positive_int, check_rank
 from keras_hla.layers.feature_map import get_activation, serialize_activation
+from keras_hla.layers.float64 import make_rms_norm
 from keras_hla.layers.hla import HLA
 
 # Arguments of the mixer that a residual leaves no choice of.
@@ -179,9 +180,7 @@ class HLADecoderBlock(keras.layers.Layer):
         return self.mixer.compute_output_spec(sequences, initial_state, mask, segment_ids)
 
     def _norm(self, name):
-        return keras.layers.RMSNormalization(
-            epsilon=self.norm_epsilon, dtype=self.dtype_policy, name=name
-        )
+        return make_rms_norm(self.dtype_policy, epsilon=self.norm_epsilon, name=name)
 
     def get_config(self):
         mixer = self.mixer.get_config()

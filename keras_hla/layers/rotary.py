@@ -5,15 +5,39 @@ import math
 from keras import ops
 import numpy as np
 
-# Tokens of a block, in which positions are counted so that angles stay exact far out in float32.
-_BLOCK = 1024
+from keras_hla.backend import cos_and_sin
+
+# A position is two numbers, whole blocks of tokens and the tokens after them: one number of float32
+# would count no further than 2**24.
+_BLOCK = 2**16
+# What an integer of 32 bits takes for a whole turn: products of it wrap where angles do.
+_TURN = 2**32
+
+
+def advance(position, count):
+    """The positions that lie `count` tokens further.
+
+    Args:
+        position: Tensor of shape `(batch, 2)`, whole numbers in floating point.
+        count: Number, or tensor of shape `(batch or 1, n)`.
+
+    Returns:
+        A tensor of shape `(batch, n, 2)`.
+    """
+    block, rest = _carry(position[:, :1], position[:, 1:])  # where a user has set it
+    return ops.stack(_carry(block, rest + count), axis=-1)
+
+
+def _carry(block, rest):
+    full = ops.cast(ops.floor(rest / _BLOCK), rest.dtype)  # or float32 of float64
+    return block + full, rest - full * _BLOCK
 
 
 def rotation(position, dim, max_wavelength):
     """What `rotate` takes: cosines and sines of `position * max_wavelength ** (-2 i / dim)`.
 
     Args:
-        position: Tensor of shape `(...,)`, whole numbers in floating point.
+        position: Tensor of shape `(..., 2)`, whole numbers in floating point.
         dim: Size of a head, even.
         max_wavelength: The longest period, in tokens times `2 π`.
 
@@ -21,15 +45,21 @@ def rotation(position, dim, max_wavelength):
         Two tensors of shape `(..., 1, dim / 2)`.
     """
     half = dim // 2
-    frequency = max_wavelength ** (-np.arange(half) / half)
-    block_angle = np.mod(_BLOCK * frequency, 2 * math.pi)
+    frequency = max_wavelength ** (-np.arange(half) / half) / (2 * math.pi)  # turns per token
+    wrapped, rest = 0, ops.zeros((), position.dtype)
+    for place, tokens in enumerate((_BLOCK, 1)):
+        turns = frequency * tokens
+        turns -= np.round(turns)
+        whole = np.round(turns * _TURN)
+        number = position[..., place, None, None]
+        wrapped += ops.cast(number, "int32") * ops.convert_to_tensor(_wrap(whole))
+        rest = rest + number * ops.cast(turns - whole / _TURN, number.dtype)
+    angle = ops.cast(wrapped, rest.dtype) * (2 * math.pi / _TURN) + rest * (2 * math.pi)
+    return cos_and_sin(angle)
 
-    position = position[..., None, None]
-    block = ops.floor(position / _BLOCK)
-    rest = position - block * _BLOCK
-    dtype = position.dtype
-    angle = block * ops.cast(block_angle, dtype) + rest * ops.cast(frequency, dtype)
-    return ops.cos(angle), ops.sin(angle)
+
+def _wrap(x):
+    return x.astype("int64").astype("int32")
 
 
 def rotate(x, cos, sin):
