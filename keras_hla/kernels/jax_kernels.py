@@ -38,6 +38,8 @@ attention.defvjp(_forward, _backward)
 
 
 def _run(step, inputs):
+    # Without `step.in_place`: from 0.4 on jax-triton's kernels have no parameter for an output that
+    # takes the place of an input.
     inputs = [inputs[0] if x is None else x for x in inputs]
     shapes = [jax.ShapeDtypeStruct(*(x or ((1,), "float32"))) for x in step.outputs]
     results = jax_triton.triton_call(
@@ -46,7 +48,6 @@ def _run(step, inputs):
         kernel=step.kernel,
         out_shape=shapes,
         grid=step.grid,
-        input_output_aliases={place: i for i, place in step.in_place.items()},
         **step.constants,
         **step.options,
     )
