@@ -113,7 +113,7 @@ def check_mask(mask, batch, length):
     if dtype != "bool" and "int" not in dtype:
         raise ValueError(f"Argument `mask` must be boolean. Received: mask.dtype={dtype}")
     shape = tuple(mask.shape)
-    if not _fits(shape, (batch, length)):
+    if not fits(shape, (batch, length)):
         raise ValueError(
             f"Argument `mask` must have shape (batch, length) = ({batch}, {length}). "
             f"Received: mask.shape={shape}"
@@ -123,7 +123,7 @@ def check_mask(mask, batch, length):
 def check_segment_ids(segment_ids, batch, length):
     dtype = keras.backend.standardize_dtype(segment_ids.dtype)
     shape = tuple(segment_ids.shape)
-    if "int" not in dtype or not _fits(shape, (batch, length)):
+    if "int" not in dtype or not fits(shape, (batch, length)):
         raise ValueError(
             f"Argument `segment_ids` must be integers of shape (batch, length) = ({batch}, "
             f"{length}). Received: segment_ids.shape={shape}, segment_ids.dtype={dtype}"
@@ -139,7 +139,7 @@ def check_states(name, states, batch, shapes, state_names):
         )
     for state, shape, state_name in zip(states, shapes, state_names, strict=True):
         expected, received = (batch, *shape), tuple(ops.shape(state))
-        if not _fits(received, expected):
+        if not fits(received, expected):
             raise ValueError(
                 f"The state {state_name} in argument `{name}` must have shape {expected}. "
                 f"Received: shape {received}"
@@ -149,13 +149,13 @@ def check_states(name, states, batch, shapes, state_names):
 def check_shape(name, x, expected):
     """Checks a shape against one in which `None` is any size."""
     received = tuple(ops.shape(x))
-    if not _fits(received, expected):
+    if not fits(received, expected):
         raise ValueError(
             f"Argument `{name}` must have shape {tuple(expected)}. Received: shape {received}"
         )
 
 
-def _fits(shape, expected):
+def fits(shape, expected):
     """Whether a shape is the expected one, as far as both are known at trace time."""
     return len(shape) == len(expected) and all(map(_equal, shape, expected))
 

@@ -1,7 +1,9 @@
 """The segment algebra: associative, with an identity, and equal to the serial recurrence."""
 
+import copy
 import functools
 import itertools
+import pickle
 
 from backends import compiled, gradients, relative_error, to_numpy
 from definitions import Reference, serial
@@ -138,6 +140,139 @@ def test_one_decay_for_all_heads(rng):
             for ends in (slice(10), slice(10, None), slice(None))
         )
         assert_equal(ops.combine(left, right), whole)
+
+
+DECAYS = {"none": None, "one": (1, 1, 1), "key heads": (2, 10, 2), "query heads": (2, 10, 4)}
+
+
+@every_operator
+@pytest.mark.parametrize(("left", "right"), [*itertools.product(DECAYS, DECAYS)])
+def test_decays_of_different_kinds(rng, name, left, right):
+    """Segments whose decays differ in their heads give the definition, or do not compose."""
+    (query, *shared), _ = draw(rng, 20, "none", heads=4, key_heads=2)
+    decays = [
+        None if DECAYS[kind] is None else -rng.uniform(0, 1, DECAYS[kind]).astype("float32")
+        for kind in (left, right)
+    ]
+    segments = [
+        ops.summarize(*(x[:, half] for x in (query, *shared)), get(name), g)
+        for half, g in zip((slice(10), slice(10, None)), decays, strict=True)
+    ]
+    if {left, right} == {"key heads", "query heads"}:
+        with pytest.raises(ValueError, match="must have the same number of heads"):
+            ops.combine(*segments)
+        return
+    spread = [
+        np.zeros((2, 10, 4)) if g is None else np.repeat(g, 4 // g.shape[2], axis=2) for g in decays
+    ]
+    log_decay = np.concatenate([np.broadcast_to(g, (2, 10, 4)) for g in spread], axis=1)
+    repeated = [query, *(np.repeat(x, 2, axis=2) for x in shared)]
+    options = {"ridge": 0.3} if "ridge" in name else {}
+    expected = Reference(serial, name.split()[0], repeated, log_decay, **options).states
+    joint = ops.combine(*segments)
+    for state, e in zip(joint[: len(expected)], expected, strict=True):
+        assert relative_error(state, e[:, :: 4 // state.shape[1]]) <= 1e-5
+
+
+def test_a_segment_knows_its_operator(rng):
+    """Two asymmetric segments, without a word about the operator, against the definition."""
+    inputs, log_decay = draw(rng, 20, "per_token")
+    left, right = (
+        ops.summarize(*(x[:, half] for x in inputs), "ahla", log_decay[:, half])
+        for half in (slice(10), slice(10, None))
+    )
+    joint = ops.combine(left, right)
+    P, E = Reference(serial, "ahla", inputs, log_decay).states
+    assert relative_error(joint.P, P) <= 1e-5
+    assert relative_error(joint.E, E) <= 1e-5
+    assert_equal([joint.log_decay], [log_decay.sum(axis=1)])
+    for same in (
+        compiled(ops.combine)(left, right),
+        ops.combine(list(left), right),
+        ops.combine(left, list(right)),
+        ops.combine(keras.tree.map_structure(lambda x: x + 0, left), copy.deepcopy(right)),
+        ops.combine(pickle.loads(pickle.dumps(left)), right),
+        ops.combine(list(left), list(right), "ahla"),
+    ):
+        assert_equal(same, joint)
+    for some in (left, joint, keras.tree.map_structure(lambda x: x[None], left)):
+        with pytest.raises(ValueError, match=r"`left` must be a segment of HLA2.*Received.*AHLA"):
+            ops.combine(some, right, "hla2")
+    with pytest.raises(ValueError, match="`operator` must be named"):
+        ops.combine(list(left), list(right))
+
+
+def test_segments_in_the_loops_of_a_backend(rng):
+    """Stacked as trees: what scans them finds segments, and gives segments."""
+    inputs, log_decay = draw(rng, 40, "per_token")
+    segments = [
+        ops.summarize(*(x[:, t : t + 10] for x in inputs), "ahla", log_decay[:, t : t + 10])
+        for t in range(0, 40, 10)
+    ]
+    stacked = keras.tree.map_structure(lambda *x: keras.ops.stack(x), *segments)
+    folded = compiled(lambda x: keras.ops.associative_scan(ops.combine, x))(stacked)
+    whole = ops.summarize(*inputs, "ahla", log_decay)
+    last = keras.tree.map_structure(lambda x: x[-1], folded)
+    assert_equal(last, whole)
+    assert_equal(ops.combine(last, whole), ops.combine(whole, whole))
+    serially = compiled(
+        lambda x: keras.ops.scan(
+            lambda so_far, x: (ops.combine(so_far, x), so_far),
+            keras.tree.map_structure(keras.ops.zeros_like, segments[0]),
+            x,
+        )[0]
+    )(stacked)
+    assert_equal(serially, whole)
+
+
+def test_a_ridge_is_not_part_of_a_segment(rng):
+    inputs, _ = draw(rng, 20, "none")
+    plain, ridge = (ops.summarize(*inputs, operator) for operator in ("hla2", get("hla2 ridge")))
+    twice = ops.combine(plain, plain)
+    for left, right in itertools.product((plain, ridge), repeat=2):
+        for operator in (None, "hla2", get("hla2 ridge")):
+            assert_equal(ops.combine(left, right, operator), twice)
+
+
+@every_operator
+def test_segments_of_different_models_do_not_compose(rng, name):
+    def segment(decay="none", dtype="float32", **sizes):
+        inputs, log_decay = draw(rng, 5, decay, **{"heads": 4, "key_heads": 4, **sizes})
+        return ops.summarize(*(x.astype(dtype) for x in inputs), get(name), log_decay)
+
+    def replace(some, **entries):
+        return [entries.get(name, x) for name, x in zip(some._fields, some, strict=True)]
+
+    four = segment()
+    wrong = [
+        segment(heads=2, key_heads=2),
+        segment(dim=7),
+        segment(value_dim=4),
+        segment(batch=3),
+        segment(batch=1),
+        replace(four, log_decay=np.zeros((2, 3), "float32")),
+        replace(four, log_decay=np.zeros((2, 2), "float32")),
+        [x[0] for x in four],
+        [to_numpy(x) for x in four],
+        [to_numpy(x).astype("int32") for x in four],
+        [to_numpy(x).tolist() for x in four],
+        [*four][:-1],
+        [*four, four[-1]],
+        four[0],
+        None,
+    ]
+    if name != "linear":  # whose states are of keys alone
+        wrong.append(segment(heads=8))
+        wrong.append(segment("per_token", heads=2, key_heads=2))
+    for other in wrong:
+        with pytest.raises(ValueError, match=r"(?s)(`left`|`right`).*Received"):
+            ops.combine(four, other)
+        with pytest.raises(ValueError, match=r"(?s)(`left`|`right`).*Received"):
+            ops.combine(other, four, get(name))
+    if name != "linear":
+        unfit = [four[0], keras.ops.swapaxes(four[1], -1, -2), *four[2:]]
+        with pytest.raises(ValueError, match="`left` must be"):
+            ops.combine(unfit, unfit, get(name))
 
 
 def test_gradients_pass_through(rng):

@@ -20,6 +20,9 @@ class AHLA(Operator):
     def state_shapes(self, key_heads, query_heads, d, dv):
         return (key_heads, d, dv), (query_heads, d, dv)
 
+    def segment_shapes(self, key_heads, query_heads, d, dv):
+        return ((query_heads, d, d),)
+
     def weights(self, query, key, decay):
         W = decay * scores(query, key)
         return W @ W

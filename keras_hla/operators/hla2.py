@@ -35,6 +35,9 @@ class HLA2(Operator):
         F = C = (query_heads, d, dv)
         return ((key_heads, d, d), F, C)[: len(self.state_names)]
 
+    def segment_shapes(self, key_heads, query_heads, d, dv):
+        return ((query_heads, d, dv),)[: len(self.segment_names)]
+
     def weights(self, query, key, decay):
         W = decay * scores(query, key)
         metric = scores(scores(query, key), W)  # Σ_i (q_t·k_i) a(i→j) (k_i·q_j)
@@ -66,6 +69,9 @@ class HLA2(Operator):
         (S, F, C), (S_right, F_right, C_right) = left, right
         F = decay**2 * F + F_right + decay * S @ C_right
         return decay * S + S_right, F, decay * C + C_right
+
+    def composes_with(self, other):
+        return isinstance(other, HLA2)  # A segment holds the same whatever the ridge.
 
 
 @dataclasses.dataclass(frozen=True)

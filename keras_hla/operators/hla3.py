@@ -26,6 +26,9 @@ class HLA3(Operator):
     def state_shapes(self, key_heads, query_heads, d, dv):
         return (key_heads, d, d), (key_heads, d, dv), (query_heads, d, dv)
 
+    def segment_shapes(self, key_heads, query_heads, d, dv):
+        return (query_heads, d, d), (query_heads, d, dv), (query_heads, d, d)
+
     def weights(self, query, key, decay):
         W = decay * scores(query, key)
         metric = scores(scores(query, key), W)  # Σ_i (q_t·k_i) a(i→j) (k_i·q_j)

@@ -36,6 +36,10 @@ class Operator(abc.ABC):
     def state_shapes(self, key_heads, query_heads, d, dv):
         """The shapes `(heads, rows, columns)` of the states, in order."""
 
+    def segment_shapes(self, key_heads, query_heads, d, dv):
+        """The shapes `(heads, rows, columns)` of what `segment_names` names, where known."""
+        return ()
+
     @abc.abstractmethod
     def weights(self, query, key, decay):
         """The definition: the weight of value `j` in output `t`.
@@ -97,6 +101,10 @@ class Operator(abc.ABC):
             decay: `ρ`, the product of the decays of `right`, shape `(..., 1, 1)`.
         """
         raise ValueError(f"The segments of {type(self).__name__} do not compose.")
+
+    def composes_with(self, other):
+        """Whether segments of this operator and of another one compose."""
+        return self == other
 
     def with_options(self, masked, ridge):
         """This operator with options of the paper, where it has them: see `get`."""

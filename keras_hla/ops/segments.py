@@ -6,6 +6,7 @@ from keras_hla import forms, operators
 from keras_hla.checks import check_rank
 from keras_hla.layout import group, ungroup
 from keras_hla.ops.inputs import prepare
+from keras_hla.ops.segment import check_segments, operator_of, segment
 
 
 def summarize(query, key, value, operator="hla2", log_decay=None):
@@ -25,10 +26,11 @@ def summarize(query, key, value, operator="hla2", log_decay=None):
         log_decay: As in `higher_order_attention`.
 
     Returns:
-        A list of tensors: the operator's `state_names`, then its
+        A named tuple of tensors: the operator's `state_names`, then its
         `segment_names`, each of shape `(batch, heads, rows, columns)`, and last
-        the sum of the log-decays, `(batch, heads)`, with one head where they are
-        the same. The empty segment is all zeros.
+        `log_decay`, the sum of the log-decays, `(batch, heads)`, with one head
+        where they are the same. It knows its operator, also after a map over its
+        tensors as a tree. The empty segment is all zeros.
 
     Raises:
         ValueError: as `higher_order_attention`; and if the operator's segments
@@ -45,17 +47,17 @@ def summarize(query, key, value, operator="hla2", log_decay=None):
     operator = operators.get(operator)
     check_rank(4, "(batch, length, heads, dim)", query=query, key=key, value=value)
     query, key, value, log_decay = prepare(query, key, value, log_decay, None).grouped()
-    segment = forms.summarize(operator, query, key, value, log_decay)
+    tensors = forms.summarize(operator, query, key, value, log_decay)
     batch = ops.shape(query)[0]
     if log_decay is None:
         total = ops.zeros((batch, 1), query.dtype)
     else:
         total = ungroup(ops.sum(log_decay, axis=-1))
         total = ops.broadcast_to(total, (batch, ops.shape(total)[1]))
-    return [*(ungroup(x) for x in segment), total]
+    return segment(operator, [*(ungroup(x) for x in tensors), total])
 
 
-def combine(left, right, operator="hla2"):
+def combine(left, right, operator=None):
     """The summary of two segments, the second right after the first.
 
     For the default operator `"hla2"`, with `ρ` the product of the decays of the
@@ -69,36 +71,42 @@ def combine(left, right, operator="hla2"):
     of matrices with `dim` rows.
 
     Args:
-        left: A list as returned by `summarize`. Its tensors may have any axes in
+        left: A segment as returned by `summarize`, or a list of its tensors.
+            These may have any axes in front.
+        right: The segment after it, in the same dtype and with the same axes in
             front.
-        right: The list of the segment after it.
-        operator: The operator of both.
+        operator: The operator of both. `None` is the one that the segments know;
+            of two plain lists it has to be named.
 
     Returns:
-        The list of the joint segment.
+        The joint segment; a list where `left` is a plain list.
 
     Raises:
-        ValueError: if the lists are not segments of that operator; or if its
-            segments do not compose.
+        ValueError: if the two are not segments of that operator, or their sizes
+            or dtypes do not fit together; if plain lists come without an
+            operator; or if the operator's segments do not compose.
 
     Example:
 
     >>> q = k = v = keras.random.normal((2, 100, 4, 16))
     >>> segment = keras_hla.ops.summarize(q, k, v, "ahla")
-    >>> twice = keras_hla.ops.combine(segment, segment, "ahla")
+    >>> twice = keras_hla.ops.combine(segment, segment)
     """
-    operator = operators.get(operator)
-    names = (*operator.state_names, *operator.segment_names, "log_decay")
-    for side, segment in (("left", left), ("right", right)):
-        if not isinstance(segment, list | tuple) or len(segment) != len(names):
-            received = len(segment) if isinstance(segment, list | tuple) else type(segment)
+    if operator is None:
+        operator = operator_of(left) or operator_of(right)
+        if operator is None:
             raise ValueError(
-                f"Argument `{side}` must be a list of {list(names)}. Received: {received} entries"
+                "Argument `operator` must be named where neither `left` nor `right` is a segment "
+                "as `summarize` returns it. Received: operator=None, "
+                f"left of {type(left)}, right of {type(right)}"
             )
-    key_heads = min(x.shape[-3] for x in left[:-1])
-    *left, left_decay = left
-    *right, right_decay = right
+    operator = operators.get(operator)
+    check_segments(operator, left, right)
+    key_heads = min(x.shape[-3] for x in (*left[:-1], *right[:-1]))
+    *lefts, left_decay = left
+    *rights, right_decay = right
     decay = group(ops.exp(right_decay), key_heads, axis=-1)[..., None, None]
-    left, right = (tuple(group(x, key_heads, axis=-3) for x in side) for side in (left, right))
-    joint = operator.combine(left, right, decay)
-    return [*(ungroup(x, axis=-4) for x in joint), left_decay + right_decay]
+    lefts, rights = (tuple(group(x, key_heads, axis=-3) for x in side) for side in (lefts, rights))
+    joint = operator.combine(lefts, rights, decay)
+    joint = [*(ungroup(x, axis=-4) for x in joint), left_decay + right_decay]
+    return joint if operator_of(left) is None else segment(operator_of(left), joint)
