@@ -15,6 +15,13 @@ def size_at_run_time(length, largest):
     return largest  # JAX cannot divide by a symbolic size.
 
 
+def entries_to_loop_over(length):
+    """The length, or 1 where that is 0 and `scan_serially` can loop over no empty inputs."""
+    if isinstance(length, int):
+        return max(length, 1)
+    return ops.maximum(length, 1) if keras.config.backend() == "tensorflow" else length
+
+
 def contiguous(x):
     """A tensor that is about to be read by many products, with its axes in order in memory."""
     # torch would copy it for each of the products; compilers choose by themselves.

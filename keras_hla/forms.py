@@ -10,7 +10,12 @@ forms without states, `matrix` and `unordered`, take and return `None`.
 
 from keras import ops
 
-from keras_hla.backend import DEFAULT_CHUNK_SIZE, scan_serially, size_at_run_time
+from keras_hla.backend import (
+    DEFAULT_CHUNK_SIZE,
+    entries_to_loop_over,
+    scan_serially,
+    size_at_run_time,
+)
 from keras_hla.layout import group
 from keras_hla.scan import (
     ChunkedScan,
@@ -19,6 +24,7 @@ from keras_hla.scan import (
     causal_mask,
     decay_products,
     merge_axis,
+    pad_axis,
     split_axis,
 )
 
@@ -61,15 +67,18 @@ def unordered(operator, query, key, value, log_decay, state):
 def recurrent(operator, query, key, value, log_decay, state):
     """The serial form."""
     state = state or _zero_state(operator, query, value, log_decay)
-    inputs = [ops.moveaxis(x, -2, 0) for x in (query, key, value)]
+    length = ops.shape(query)[-2]
+    # A token of zeros leaves the states as they are.
+    filling = entries_to_loop_over(length) - length
+    inputs = [ops.moveaxis(pad_axis(x, 0, filling, -2), -2, 0) for x in (query, key, value)]
     if log_decay is not None:
-        inputs.append(ops.moveaxis(log_decay, -1, 0))
+        inputs.append(ops.moveaxis(pad_axis(log_decay, 0, filling, -1), -1, 0))
 
     def one_token(state, token):
         return _step(operator, state, *token)
 
     output, state = scan_serially(one_token, state, tuple(inputs))
-    return ops.moveaxis(output, 0, -2), state
+    return ops.moveaxis(output[:length], 0, -2), state
 
 
 def step(operator, query, key, value, log_decay, state):

@@ -6,6 +6,7 @@ which share a key head broadcast against it.
 """
 
 from keras import ops
+import numpy as np
 
 from keras_hla.backend import contiguous
 
@@ -68,6 +69,11 @@ def count_tokens(mask):
     return ops.cumsum(ops.cast(mask, "int32"), axis=1)
 
 
+def last_count(counts):
+    """The last of each row's counts, `(batch, length)`, or zero if there is none: `(batch, 1)`."""
+    return ops.pad(counts, [(0, 0), (1, 0)])[:, -1:]
+
+
 def compact(x, mask):
     """The entries of `x`, `(batch, length, ...)`, those first where `mask` is true."""
     return take(x, _counting_first(mask))
@@ -96,8 +102,8 @@ def fill_forward(x, mask):
 
 def _counting_first(mask):
     """The indices of each row, in order, those first where `mask` is true."""
-    steps = ops.arange(ops.shape(mask)[1])
-    return ops.argsort(ops.where(mask, steps, steps[-1] + 1), axis=1)
+    steps = ops.arange(ops.shape(mask)[1], dtype="int32")
+    return ops.argsort(ops.where(mask, steps, np.iinfo("int32").max), axis=1)
 
 
 def apply_mask(mask, query, key, value, log_decay):

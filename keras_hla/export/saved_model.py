@@ -30,8 +30,8 @@ def export_saved_model(model, path, stateful=False):
     | `step_masked` | the same and `mask` | the same |
 
     `mask` is boolean, `(batch, length)`, true where a token counts; the outputs of
-    the other tokens mean nothing. Floats in the outputs are float32 under every
-    policy but that of float64.
+    the other tokens mean nothing. From JAX, a piece has one token or more. Floats
+    in the outputs are float32 under every policy but that of float64.
 
     Args:
         model: Model that `keras_hla.streaming_model` takes, under TensorFlow or

@@ -69,6 +69,8 @@ def choose(
         return Choice("portable", "it was asked for")
     if tensor is not None and tensor.shape[1] == 1 and form == "chunked":
         return Choice("portable", "a single token is a step, not a sequence")
+    if tensor is not None and tensor.shape[1] == 0:
+        return Choice("portable", "there is no token in an empty sequence")
     operator = operators.get(operator)
     obstacle = (
         _outside_of_kernels(operator, dtype, (key_dim, value_dim))

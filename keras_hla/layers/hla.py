@@ -82,12 +82,15 @@ class HLA(keras.layers.Layer):
         training: Whether to drop outputs, where `dropout` is set.
 
     Returns:
-        A tensor of shape `(batch, length, features)`, or `(batch, features)`
-        with `return_sequences=False`; `output_shape`, if set, is its number of
-        features. With `return_state=True` a tuple of that
-        tensor and the states, float32 (float64 under a float64 policy): for
-        `"hla2"` `S`, `(batch, num_key_value_heads, key_dim, key_dim)` (as many
-        as `num_heads` where decays differ by head); `F`, `(batch, num_heads,
+        A tensor of shape `(batch, length, features)`, or with
+        `return_sequences=False` the output of the last unmasked token, `(batch,
+        features)`, zero if there is none; `output_shape`, if set, is its number of
+        features. A sequence of length 0 leaves the states as they are.
+
+        With `return_state=True` a tuple of that tensor and the states, float32
+        (float64 under a float64 policy): for `"hla2"` `S`, `(batch,
+        num_key_value_heads, key_dim, key_dim)` (as many as `num_heads` where
+        decays differ by head); `F`, `(batch, num_heads,
         key_dim, value_dim)`; then, if there is a convolution, the window of the
         last tokens that it reads, and if there is a rotary embedding, the
         position, `(batch, 2)`: how many blocks of 65,536 tokens lie before, and
@@ -364,10 +367,10 @@ class HLA(keras.layers.Layer):
 
 
 def _last(output, mask):
-    """The output of the last token that counts, `(batch, features)`; zero if none does."""
-    if mask is None:
-        return output[:, -1]
-    return _fill(output, mask, zero=False)[:, -1]
+    """The output of the last unmasked token, `(batch, features)`; zero if there is none."""
+    if mask is not None:
+        output = _fill(output, mask, zero=False)
+    return ops.sum(output[:, -1:], axis=1)  # of one token, or of none
 
 
 def _fill(output, mask, zero):

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_hla.layout import compact, count_tokens, take
+from keras_hla.layout import compact, count_tokens, last_count, take
 
 
 class ShortConvolution(keras.layers.Layer):
@@ -83,4 +83,4 @@ class ShortConvolution(keras.layers.Layer):
         before = self.kernel_size - 1
         if mask is None:
             return row[:, -before:]
-        return take(row, count_tokens(mask)[:, -1:] + ops.arange(before))
+        return take(row, last_count(count_tokens(mask)) + ops.arange(before))

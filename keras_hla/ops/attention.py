@@ -98,7 +98,8 @@ def higher_order_attention(
         the tuple `(output, state)`, the state a list of float32 tensors
         (float64 for float64 inputs), in the order of the operator's
         `state_names`: for `"hla2"` `S`, `(batch, key_value_heads, dim, dim)`,
-        and `F`, `(batch, heads, dim, value_dim)`.
+        and `F`, `(batch, heads, dim, value_dim)`. A sequence of length 0 leaves
+        it as it is.
 
     Raises:
         ValueError: if shapes, dtypes, names, numbers or options do not fit
