@@ -202,3 +202,64 @@ for decay in ("learned", "input"):
 def test_the_decay_of_one_token_starts_no_threads():
     """Threads that wait for each other take milliseconds on a busy machine."""
     run_python("-c", ONE_TOKEN, backend="torch")
+
+
+FOLLOWERS = {
+    "GRU": lambda: keras.layers.GRU(3, seed=1),
+    "HLA": lambda: layers.HLA(2, 4, return_sequences=False, decay="learned"),
+    "pooling": keras.layers.GlobalAveragePooling1D,
+}
+
+
+@pytest.mark.parametrize("follower", FOLLOWERS)
+@pytest.mark.parametrize("return_state", [False, True])
+def test_the_mask_after_a_layer_that_goes_backwards(rng, follower, return_state):
+    """What follows reads what it reads where the tokens themselves are in that order."""
+    tokens = rng.integers(1, 9, (3, 7))
+    tokens[0, 4:], tokens[1, :3] = 0, 0  # masked, at the end and at the beginning
+    embed, follow = keras.layers.Embedding(9, 8, mask_zero=True), FOLLOWERS[follower]()
+    backwards, forwards = (
+        layers.HLA(2, 4, decay="input", go_backwards=reverse, return_state=return_state)
+        for reverse in (True, False)
+    )
+
+    def evaluate(layer, tokens):
+        output = layer(embed(tokens))
+        return follow(output[0] if return_state else output)
+
+    inputs = keras.Input((7,), dtype="int32")
+    model, reference = (
+        keras.Model(inputs, evaluate(layer, inputs)) for layer in (backwards, forwards)
+    )
+    forwards.set_weights(backwards.get_weights())
+    expected = reference.predict(tokens[:, ::-1].copy(), verbose=0)
+    assert relative_error(model.predict(tokens, verbose=0), expected) <= 1e-5
+    assert (
+        relative_error(evaluate(backwards, keras.ops.convert_to_tensor(tokens)), expected) <= 1e-5
+    )
+
+
+def test_masks_of_both_directions(rng):
+    """Keras puts the outputs of the backward layer in order; and so must their mask be."""
+    tokens = rng.integers(1, 9, (3, 7))
+    tokens[0, 4:], tokens[1, :3] = 0, 0
+    embed = keras.layers.Embedding(9, 8, mask_zero=True)
+    both = keras.layers.Bidirectional(layers.HLA(2, 4, decay=0.9), merge_mode=None)
+    outputs = both(embed(keras.ops.convert_to_tensor(tokens)))
+    for output in outputs:
+        mask = keras.src.backend.get_keras_mask(output)
+        np.testing.assert_array_equal(to_numpy(mask), tokens != 0)
+    pooled = keras.layers.GlobalAveragePooling1D()(outputs[1])
+    mask = (tokens != 0)[..., None]
+    expected = (to_numpy(outputs[1]) * mask).sum(1) / mask.sum(1)
+    assert relative_error(pooled, expected) <= 1e-5
+
+
+def test_no_mask_and_no_direction(rng):
+    x = keras.ops.convert_to_tensor(rng.standard_normal((2, 5, 8)), "float32")
+    mask = np.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]], bool)
+    layer = layers.HLA(2, 4, go_backwards=True)
+    assert layer.compute_mask(x, None) is None
+    assert keras.src.backend.get_keras_mask(layer(x)) is None
+    np.testing.assert_array_equal(to_numpy(layer.compute_mask(x, mask)), mask[:, ::-1])
+    assert layers.HLA(2, 4, go_backwards=True, return_sequences=False).compute_mask(x, mask) is None

@@ -41,7 +41,8 @@ class HLA(keras.layers.Layer):
             default, unlike in `keras.layers.GRU`) or of the last one.
         return_state: Whether to return the last state besides the output.
         go_backwards: Whether the sequence is read from its end. Outputs come in
-            the order of reading, that is reversed, as in `keras.layers.GRU`.
+            the order of reading, that is reversed, as in `keras.layers.GRU`; and
+            so does the mask for the layers after it.
         stateful: Whether each batch starts from the state in which the one
             before ended. It needs a fixed batch size. The state is kept in
             non-trainable variables.
@@ -325,6 +326,8 @@ class HLA(keras.layers.Layer):
 
     def compute_mask(self, sequences, previous_mask=None):
         mask = previous_mask if self.return_sequences else None
+        if mask is not None and self.go_backwards:  # in the order of the outputs
+            mask = ops.flip(mask, axis=1)
         return [mask] + [None] * len(self.cell.state_size) if self.return_state else mask
 
     def compute_output_shape(
