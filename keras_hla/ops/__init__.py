@@ -1,4 +1,8 @@
-"""The operators as functions on tensors `(batch, length, heads, dim)`."""
+"""The operators as functions on tensors `(batch, length, heads, dim)`.
+
+Like the operations of Keras, they take symbolic tensors too, `keras.Input`s, and
+become nodes of a functional model, which is saved with them.
+"""
 
 from keras_hla.ops.attention import (
     attention_step,

@@ -8,11 +8,13 @@ import numpy as np
 from keras_hla import forms, kernels, operators
 from keras_hla.checks import check_choice, check_number, check_positive_int, check_rank
 from keras_hla.layout import group, ungroup, ungroup_sequence
+from keras_hla.ops.functional import functional
 from keras_hla.ops.inputs import prepare, prepare_state
 
 FORMS = ("chunked", "recurrent", "matrix")
 
 
+@functional
 def higher_order_attention(
     query,
     key,
@@ -216,6 +218,7 @@ def causal_linear_attention(
     )
 
 
+@functional
 def attention_step(
     query,
     key,

@@ -5,10 +5,12 @@ from keras import ops
 from keras_hla import forms, operators
 from keras_hla.checks import check_rank
 from keras_hla.layout import group, ungroup
+from keras_hla.ops.functional import functional
 from keras_hla.ops.inputs import prepare
 from keras_hla.ops.segment import check_segments, operator_of, segment
 
 
+@functional
 def summarize(query, key, value, operator="hla2", log_decay=None):
     """All that the tokens of a segment tell the tokens after it.
 
@@ -100,6 +102,12 @@ def combine(left, right, operator=None):
                 "as `summarize` returns it. Received: operator=None, "
                 f"left of {type(left)}, right of {type(right)}"
             )
+    return _combine(left, right, operator)
+
+
+@functional
+def _combine(left, right, operator):
+    """`combine`, of an operator that is named."""
     operator = operators.get(operator)
     check_segments(operator, left, right)
     key_heads = min(x.shape[-3] for x in (*left[:-1], *right[:-1]))

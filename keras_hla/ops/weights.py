@@ -6,9 +6,11 @@ from keras_hla import forms, operators
 from keras_hla.checks import check_number, check_rank
 from keras_hla.layout import ungroup
 from keras_hla.ops.attention import check_noncausal
+from keras_hla.ops.functional import functional
 from keras_hla.ops.inputs import prepare
 
 
+@functional
 def attention_weights(
     query,
     key,
