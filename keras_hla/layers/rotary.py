@@ -7,59 +7,48 @@ import numpy as np
 
 from keras_hla.backend import cos_and_sin
 
-# A position is two numbers, whole blocks of tokens and the tokens after them: one number of float32
-# would count no further than 2**24.
+# A position is two numbers, blocks of tokens and the tokens besides: one number of float32 would
+# count no further than 2**24.
 _BLOCK = 2**16
 # What an integer of 32 bits takes for a whole turn: products of it wrap where angles do.
 _TURN = 2**32
 
 
-def advance(position, count):
-    """The positions that lie `count` tokens further.
-
-    Args:
-        position: Tensor of shape `(batch, 2)`, whole numbers in floating point.
-        count: Number, or tensor of shape `(batch or 1, n)`.
-
-    Returns:
-        A tensor of shape `(batch, n, 2)`.
-    """
-    block, rest = _carry(position[:, :1], position[:, 1:])  # where a user has set it
-    return ops.stack(_carry(block, rest + count), axis=-1)
-
-
-def _carry(block, rest):
+def carry(position):
+    """The whole blocks of a position `(batch, 2)`, and the tokens besides; `(batch, 1)` each."""
+    block, rest = position[:, :1], position[:, 1:]
     full = ops.cast(ops.floor(rest / _BLOCK), rest.dtype)  # or float32 of float64
     return block + full, rest - full * _BLOCK
 
 
-def rotation(position, dim, max_wavelength):
+def rotation(block, rest, dim, max_wavelength):
     """What `rotate` takes: cosines and sines of `position * max_wavelength ** (-2 i / dim)`.
 
     Args:
-        position: Tensor of shape `(..., 2)`, whole numbers in floating point.
+        block: Tensor of shape `(batch, 1)`, whole numbers in floating point.
+        rest: Tensor of shape `(batch, length)`, likewise.
         dim: Size of a head, even.
         max_wavelength: The longest period, in tokens times `2 π`.
 
     Returns:
-        Two tensors of shape `(..., 1, dim / 2)`.
+        Two tensors of shape `(batch, length, 1, dim / 2)`.
     """
     half = dim // 2
-    frequency = max_wavelength ** (-np.arange(half) / half) / (2 * math.pi)  # turns per token
-    wrapped, rest = 0, ops.zeros((), position.dtype)
-    for place, tokens in enumerate((_BLOCK, 1)):
-        turns = frequency * tokens
-        turns -= np.round(turns)
-        whole = np.round(turns * _TURN)
-        number = position[..., place, None, None]
-        wrapped += ops.cast(number, "int32") * ops.convert_to_tensor(_wrap(whole))
-        rest = rest + number * ops.cast(turns - whole / _TURN, number.dtype)
-    angle = ops.cast(wrapped, rest.dtype) * (2 * math.pi / _TURN) + rest * (2 * math.pi)
-    return cos_and_sin(angle)
+    turns = max_wavelength ** (-np.arange(half) / half) / (2 * math.pi)  # per token
+    wrapped, lost = _turn(rest, turns)
+    of_blocks = _turn(block, turns * _BLOCK)
+    angle = ops.cast(wrapped + of_blocks[0], rest.dtype) + (lost + of_blocks[1])
+    return cos_and_sin(angle * (2 * math.pi / _TURN))
 
 
-def _wrap(x):
-    return x.astype("int64").astype("int32")
+def _turn(count, turns):
+    """Parts of a whole turn, as integers that wrap; and what these lose by rounding."""
+    count = count[..., None, None]
+    parts = turns % 1 * _TURN
+    whole = np.round(parts)
+    in_32_bits = ops.convert_to_tensor(whole.astype("int64").astype("int32"))
+    wrapped = ops.cast(count, "int32") * in_32_bits
+    return wrapped, count * ops.cast(parts - whole, count.dtype)
 
 
 def rotate(x, cos, sin):
