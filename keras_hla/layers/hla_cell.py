@@ -9,7 +9,7 @@ from keras_hla.checks import check_head_groups, check_number, check_positive_int
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.float64 import make_dense, make_rms_norm
-from keras_hla.layers.rotary import carry, rotate, rotation
+from keras_hla.layers.rotary import join_position, rotate, rotation, split_position
 from keras_hla.layers.short_convolution import ShortConvolution
 from keras_hla.layout import count_tokens
 from keras_hla.ops import attention_step
@@ -340,11 +340,11 @@ class HLACell(keras.layers.Layer):
             query, key = self.feature_map(query), self.feature_map(key)
         query = query * self.scale
         if self.rope_max_wavelength is not None:
-            block, rest = carry(context["position"])
+            block, rest = split_position(context["position"])
             before, total = _count(sequences, mask, rest.dtype)
             angles = rotation(block, rest + before, self.key_dim, self.rope_max_wavelength)
             query, key = (rotate(x, *angles) for x in (query, key))
-            context = context | {"position": ops.concatenate([block, rest + total], axis=1)}
+            context = context | {"position": join_position(block, rest + total)}
         log_decay = None if self.decay is None else self.log_decay(sequences)
         if starts is not None:
             log_decay = forget_at(starts[..., None], log_decay, self.state_dtype)

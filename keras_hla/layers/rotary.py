@@ -14,9 +14,17 @@ _BLOCK = 2**16
 _TURN = 2**32
 
 
-def carry(position):
+def split_position(position):
     """The whole blocks of a position `(batch, 2)`, and the tokens besides; `(batch, 1)` each."""
-    block, rest = position[:, :1], position[:, 1:]
+    return _carry(position[:, :1], position[:, 1:])
+
+
+def join_position(block, rest):
+    """Undoes `split_position`, where there may be more tokens than a block has."""
+    return ops.concatenate(_carry(block, rest), axis=1)
+
+
+def _carry(block, rest):
     full = ops.cast(ops.floor(rest / _BLOCK), rest.dtype)  # or float32 of float64
     return block + full, rest - full * _BLOCK
 
