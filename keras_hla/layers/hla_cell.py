@@ -8,6 +8,7 @@ from keras_hla import operators
 from keras_hla.checks import check_head_groups, check_number, check_positive_int
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
+from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 from keras_hla.layers.rotary import rotate, rotation
 from keras_hla.layers.short_convolution import ShortConvolution
 from keras_hla.layout import count_tokens
@@ -284,6 +285,7 @@ class HLACell(keras.layers.Layer):
             normalize=self.normalize,
             epsilon=self.epsilon,
         )
+        warn_of_redrawn_dropout(self, self, training)
         output = self.drop(self.finish(output, inputs), training)
         return output, [*memory, *context.values()]
 
