@@ -229,7 +229,8 @@ def _scan_in_groups(sums, log_decay, state):
     entering_group, last = scan(group_sums, log_group, state)
     entering_group = entering_group[..., None, :]
     if log_decay is not None:
-        so_far = pad_axis(cumulative_sum(log_decay)[..., :-1], 1, 0, axis=-1)
+        # Not the sums less their last terms: what follows a chunk would round what comes before.
+        so_far = cumulative_sum(pad_axis(log_decay[..., :-1], 1, 0, axis=-1))
         entering_group = entering_group * ops.exp(so_far)[..., None]
     return merge_axis(entering + entering_group, n, axis=-2), last
 

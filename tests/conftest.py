@@ -1,6 +1,7 @@
 """Chooses the backend before anything imports Keras: `pytest --backend jax`."""
 
 import os
+from pathlib import Path
 import tempfile
 
 import pytest
@@ -34,23 +35,40 @@ def pytest_configure(config):
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# What is the same on other backends: definitions, which are torch or NumPy; kernels, which JAX has
-# no interpreter for; a server without Keras; SavedModels in use, which TensorFlow and JAX make; and
-# files that TensorFlow alone makes.
+# Files that run on some of the backends: on which, and why not on the others.
 ONLY = {
-    "test_benchmark_reference.py": ("torch",),
-    "test_definitions.py": ("torch",),
-    "test_formats.py": ("tensorflow",),
-    "test_formats_elsewhere.py": ("jax", "torch"),
-    "test_kernels.py": ("torch",),
-    "test_serve.py": ("tensorflow",),
-    "test_sessions_of_a_saved_model.py": ("tensorflow", "jax"),
+    "test_benchmark_reference.py": (("torch",), "the reference is written in torch alone"),
+    "test_definitions.py": (("torch",), "the definitions are NumPy and torch, without Keras"),
+    "test_formats.py": (("tensorflow",), "TensorFlow alone writes these files"),
+    "test_formats_elsewhere.py": (
+        ("jax", "torch"),
+        "TensorFlow writes the files, and has their tests",
+    ),
+    "test_kernels.py": (
+        ("torch",),
+        "JAX has no interpreter for the kernels, TensorFlow no kernels",
+    ),
+    "test_serve.py": (("tensorflow",), "the server runs TensorFlow without Keras"),
+    "test_sessions_of_a_saved_model.py": (
+        ("tensorflow", "jax"),
+        "TensorFlow writes PyTorch's SavedModels, and has their tests",
+    ),
 }
 
 
 def pytest_ignore_collect(collection_path, config):
+    backends, _ = ONLY.get(collection_path.name, (BACKENDS, ""))
+    return True if config.getoption("--backend") not in backends else None
+
+
+def pytest_terminal_summary(terminalreporter, config):
     backend = config.getoption("--backend")
-    return True if backend not in ONLY.get(collection_path.name, BACKENDS) else None
+    asked = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    for name, (backends, reason) in ONLY.items():
+        path = Path(__file__).with_name(name)
+        # A file that is named on the command line runs on any.
+        if backend not in backends and any(x in path.parents for x in asked):
+            terminalreporter.write_line(f"NOT RUN with {backend}: {name}: {reason}")
 
 
 def pytest_report_header(config):

@@ -172,11 +172,14 @@ SERIAL = {  # with the columns of the states: as many as those of the queries, o
 class Reference:
     """Outputs, last states and gradients of `index_sum` or `serial`, for arrays.
 
+    Heads of the query in a row share one of key, value, decay and state, where those are fewer;
+    last states have the heads of those given.
+
     Args:
         definition: one of the two.
         operator: name of the operator.
-        inputs: arrays of query, key and value, of equally many heads.
-        log_decay: array, or `None`.
+        inputs: arrays of query, key and value.
+        log_decay: array, also of batch size 1, or `None`.
         state: list of arrays, for `serial`.
         options: options of the definition.
     """
@@ -186,17 +189,26 @@ class Reference:
             return torch.tensor(np.asarray(x, "float64"), requires_grad=True)
 
         self._leaves = [leaf(x) for x in inputs]
-        g = torch.zeros(self._leaves[0].shape[:3], dtype=torch.float64)
+        batch, length, heads, _ = self._leaves[0].shape
+
+        def repeat(x, axis):
+            return x.repeat_interleave(heads // x.shape[axis], axis)
+
+        g = torch.zeros((batch, length, heads), dtype=torch.float64)
         if log_decay is not None:
-            g = leaf(log_decay)
-            self._leaves.append(g)
-        arguments = [operator, *self._leaves[:3], g]
+            self._leaves.append(leaf(log_decay))
+            g = repeat(self._leaves[-1], 2).expand(batch, -1, -1)
+        arguments = [operator, *(repeat(x, 2) for x in self._leaves[:3]), g]
         if len(state):
             state = [leaf(x) for x in state]
             self._leaves += state
-            arguments.append(state)
+            arguments.append([repeat(x, 1) for x in state])
         result = definition(*arguments, **options)
         self._output, self._states = result if definition is serial else (result, [])
+        if state:
+            self._states = [
+                last[:, :: heads // x.shape[1]] for last, x in zip(self._states, state, strict=True)
+            ]
         self.output = self._output.detach().numpy()
         self.states = [s.detach().numpy() for s in self._states]
 

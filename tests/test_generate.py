@@ -137,7 +137,7 @@ class Choosing(keras.layers.Layer):
     """Does in Python what depends on what the tensor holds."""
 
     def call(self, x):
-        return 2 * x if float(keras.ops.max(x)) > 0 else -x
+        return 2 * x if float(keras.ops.stop_gradient(keras.ops.max(x))) > 0 else -x
 
 
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="TensorFlow and JAX refuse it")

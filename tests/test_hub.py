@@ -185,9 +185,10 @@ def search_naively(model, prompts, num_beams):
     return np.stack(rows)
 
 
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="JAX always runs under XLA, PyTorch never does"
+)
 def test_generation_under_xla(language_model, prompts, greedy_tokens):
-    if keras.config.backend() != "tensorflow":  # JAX always is, torch never.
-        return
     language_model.compile(sampler="greedy", jit_compile=True)
     outputs = language_model.generate(prompts, stop_token_ids=None)
     language_model.compile(sampler="greedy", jit_compile=False)

@@ -96,30 +96,21 @@ def test_strong_decays(rng, operator, strong):
 def test_shared_keys_and_decays(rng, operator, shape):
     """States in and out, and gradients, where heads share keys and decays."""
     (q, k, v), _ = draw(rng, 45, "none", 4, 2, dim=16, value_dim=16)
+    inputs = [q / 4, k / 4, v]
     log_decay = np.log(rng.uniform(0.8, 1, shape)).astype("float32")
     moments = 4 if shape[2] == 4 else 2
     shapes = operators.get(operator).state_shapes(moments, 4, 16, 16)
     state = like(rng, [np.empty((2, *shape)) for shape in shapes])
-
-    def call(implementation):
-        tensors = to_tensors([q / 4, k / 4, v, log_decay, *state])
-        output, last = ops.higher_order_attention(
-            *tensors[:3],
-            operator,
-            log_decay=tensors[3],
-            initial_state=tensors[4:],
-            return_state=True,
-            implementation=implementation,
-        )
-        loss = sum(
-            (x * torch.cos(torch.arange(x.numel(), device=x.device)).reshape(x.shape)).sum()
-            for x in last
-        )
-        return [output, *last, *torch.autograd.grad(output.sum() + loss, tensors)]
-
-    # The portable path is held to the definitions for these shapes in test_operators.py.
-    for a, e in zip(call("triton"), call("portable"), strict=True):
-        assert relative_error(a.detach(), e.detach()) <= GRADIENT
+    expected = Reference(serial, operator, inputs, log_decay, state)
+    weight, *weights = like(rng, [expected.output, *expected.states])
+    (output, *last), found = attend_with_gradients(
+        inputs, log_decay, [weight, *weights], state, operator=operator, **KERNELS
+    )
+    assert relative_error(output, expected.output) <= FORWARD
+    for a, e in zip(last, expected.states, strict=True):
+        assert relative_error(a, e) <= FORWARD
+    for a, e in zip(found, expected.gradients(weight, weights), strict=True):
+        assert relative_error(a, e) <= GRADIENT
 
 
 @every_operator
@@ -166,17 +157,22 @@ class Twice(operators.HLA2):
         return output, (S, F)
 
 
+def read_twice(operator, q, k, v, g):
+    """The definition of `Twice`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    moved = (q @ k.mT).tril() @ v
+    return ((q @ moved.mT).tril() @ v).transpose(1, 2)
+
+
 def test_operator_of_ones_own(rng):
     inputs, _ = draw(rng, 40, "none", dim=16, value_dim=16)
-
-    def call(implementation):
-        tensors = to_tensors([inputs[0] / 4, inputs[1] / 4, inputs[2]])
-        output = ops.higher_order_attention(*tensors, Twice(), implementation=implementation)
-        return [output, *torch.autograd.grad(output.square().sum(), tensors)]
-
-    # The portable path of an operator is held to its definition in test_registry.py.
-    for a, e in zip(call("triton"), call("portable"), strict=True):
-        assert relative_error(a.detach(), e.detach()) <= GRADIENT
+    inputs = [inputs[0] / 4, inputs[1] / 4, inputs[2]]
+    expected = Reference(read_twice, Twice(), inputs)
+    (weight,) = like(rng, [expected.output])
+    (output,), found = attend_with_gradients(inputs, None, [weight], operator=Twice(), **KERNELS)
+    assert relative_error(output, expected.output) <= FORWARD
+    for a, e in zip(found, expected.gradients(weight), strict=True):
+        assert relative_error(a, e) <= GRADIENT
 
 
 @every_operator

@@ -185,6 +185,32 @@ def test_shared_keys_with_decays_of_their_own(rng):
             assert relative_error(a, e) <= FORWARD
 
 
+@every_variant
+@pytest.mark.parametrize(
+    ("form", "decay_heads"), [("chunked", 2), ("chunked", 4), ("recurrent", 2), ("matrix", 4)]
+)
+def test_gradients_with_shared_keys(rng, variant, form, decay_heads):
+    """Of inputs, decays, and states in and out: several chunks, two query heads per key head."""
+    inputs, _ = draw(rng, 24, "none", heads=4, key_heads=2, dim=4, value_dim=3)
+    _, log_decay = draw(rng, 24, "per_token", heads=decay_heads)
+    operator, options = split(variant)
+    shapes = operators.get(operator, **options).state_shapes(decay_heads, 4, 4, 3)
+    state = [] if form == "matrix" else like(rng, [np.empty((2, *shape)) for shape in shapes])
+    expected = Reference(serial, operator, inputs, log_decay, state, **options)
+    weight, *weights = like(rng, [expected.output, *expected.states])
+    weights = weights if state else []
+    if form == "chunked":
+        options["chunk_size"] = 7
+    (output, *last), found = attend_with_gradients(
+        inputs, log_decay, [weight, *weights], state, operator=operator, form=form, **options
+    )
+    assert relative_error(output, expected.output) <= FORWARD
+    for a, e in zip(last, expected.states if state else [], strict=True):
+        assert relative_error(a, e) <= FORWARD
+    for a, e in zip(found, expected.gradients(weight, weights), strict=True):
+        assert relative_error(a, e) <= GRADIENT
+
+
 @pytest.mark.parametrize("published", ["hla2_published", "hla3_published"])
 def test_what_the_paper_prints_at_third_order_and_with_decay_is_another_operator(rng, published):
     operator = published.removesuffix("_published")

@@ -14,6 +14,7 @@ from keras_hla.checks import (
 )
 from keras_hla.layers.hla_cell import HLACell
 from keras_hla.layers.pieces import scan_in_pieces
+from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 from keras_hla.layers.state_scope import current_state_scope
 from keras_hla.layout import fill_forward, segment_starts
 from keras_hla.ops import higher_order_attention
@@ -208,6 +209,7 @@ class HLA(keras.layers.Layer):
         elif self.stateful:
             for variable, state in zip(self.states, states, strict=True):
                 variable.assign(state)
+        warn_of_redrawn_dropout(self, self.cell, training)
         output = self.cell.drop(output, training)
         if not self.return_sequences:
             output = _last(output, mask)

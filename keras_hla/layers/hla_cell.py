@@ -9,6 +9,7 @@ from keras_hla.checks import check_head_groups, check_number, check_positive_int
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.float64 import make_dense, make_rms_norm
+from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 from keras_hla.layers.rotary import join_position, rotate, rotation, split_position
 from keras_hla.layers.short_convolution import ShortConvolution
 from keras_hla.layout import count_tokens
@@ -286,6 +287,7 @@ class HLACell(keras.layers.Layer):
             normalize=self.normalize,
             epsilon=self.epsilon,
         )
+        warn_of_redrawn_dropout(self, self, training)
         output = self.drop(self.finish(output, inputs), training)
         return output, [*memory, *context.values()]
 

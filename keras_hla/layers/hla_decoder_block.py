@@ -7,6 +7,7 @@ from keras_hla.checks import check_mask, check_number, check_positive_int, check
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.float64 import make_rms_norm
 from keras_hla.layers.hla import HLA
+from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 
 # Arguments of the mixer that a residual leaves no choice of.
 _FIXED = ("return_sequences", "go_backwards", "output_shape")
@@ -163,6 +164,7 @@ class HLADecoderBlock(keras.layers.Layer):
         output = sequences + mixed
         hidden = self.mlp_norm(output)
         hidden = self.activation(self.gate_dense(hidden)) * self.up_dense(hidden)
+        warn_of_redrawn_dropout(self, self.cell, training)
         output = output + self.cell.drop(self.down_dense(hidden), training)
         return (output, *states) if states else output
 
