@@ -5,7 +5,13 @@ from keras import ops
 import numpy as np
 
 from keras_hla import operators
-from keras_hla.checks import check_head_groups, check_number, check_positive_int
+from keras_hla.checks import (
+    check_features,
+    check_head_groups,
+    check_number,
+    check_positive_int,
+)
+from keras_hla.layers.arguments import plain, plain_number
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.float64 import make_dense, make_rms_norm
@@ -188,7 +194,7 @@ class HLACell(keras.layers.Layer):
         self.output_norm = output_norm
         self.output_gate = get_activation("output_gate", output_gate)
         self.dropout = dropout
-        self.seed = seed
+        self.seed = plain_number(seed)  # Keras takes no other
         self._output_shape = output_shape
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -199,6 +205,7 @@ class HLACell(keras.layers.Layer):
         self.bias_constraint = keras.constraints.get(bias_constraint)
 
     def build(self, input_shape):
+        check_features("inputs", input_shape, "(batch, features)")
         self.query_dense = self.make_dense(self.num_heads * self.key_dim, "query")
         self.key_dense = self.make_dense(self.num_key_value_heads * self.key_dim, "key")
         self.value_dense = self.make_dense(self.num_key_value_heads * self.value_dim, "value")
@@ -373,7 +380,7 @@ class HLACell(keras.layers.Layer):
         """A `Dense` layer with the bias, initializers, regularizers and constraints of this one."""
         # Every projection needs an initializer of its own, or all would start with equal weights.
         return make_dense(
-            units,
+            int(units),  # which may be NumPy's
             self.dtype_policy,
             use_bias=self.use_bias,
             kernel_initializer=_copy(self.kernel_initializer),
@@ -396,8 +403,7 @@ class HLACell(keras.layers.Layer):
         ]
 
     def get_config(self):
-        return {
-            **super().get_config(),
+        config = {
             "num_heads": self.num_heads,
             "key_dim": self.key_dim,
             "value_dim": self.value_dim,
@@ -427,6 +433,7 @@ class HLACell(keras.layers.Layer):
             "bias_constraint": keras.constraints.serialize(self.bias_constraint),
             "seed": self.seed,
         }
+        return {**super().get_config(), **plain(config)}
 
 
 def _split_heads(x, heads, dim):
