@@ -60,7 +60,8 @@ class HLA(keras.layers.Layer):
             need. A longer one is taken in pieces of at most this length, each
             computed a second time for its gradients, which saves memory. `None`
             is no limit. It needs a length known when the call is traced, and
-            `causal=True`.
+            `causal=True`. Of a longer one there is no gradient by `torch.func`, and
+            under TensorFlow neither forward mode nor a gradient of gradients.
         implementation: `"auto"`, `"portable"` or `"triton"`, as in
             `keras_hla.ops.higher_order_attention`. The kernels take queries, keys
             and values in the compute dtype. `implementation_for(sequences)` tells

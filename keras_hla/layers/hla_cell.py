@@ -164,10 +164,10 @@ class HLACell(keras.layers.Layer):
                     f"(`rope_max_wavelength`). Received: key_dim={key_dim}, "
                     f"rope_max_wavelength={rope_max_wavelength}"
                 )
-        self.num_heads = num_heads
-        self.key_dim = key_dim
-        self.value_dim = value_dim or key_dim
-        self.num_key_value_heads = num_key_value_heads or num_heads
+        self.num_heads = int(num_heads)  # which may be NumPy's, as all sizes
+        self.key_dim = int(key_dim)
+        self.value_dim = int(value_dim or key_dim)
+        self.num_key_value_heads = int(num_key_value_heads or num_heads)
         check_head_groups(self.num_heads, self.num_key_value_heads)
         check_number("epsilon", epsilon, "a positive number", lambda x: x > 0)
         check_number("dropout", dropout, "a number in [0, 1)", lambda x: 0 <= x < 1)
@@ -380,7 +380,7 @@ class HLACell(keras.layers.Layer):
         """A `Dense` layer with the bias, initializers, regularizers and constraints of this one."""
         # Every projection needs an initializer of its own, or all would start with equal weights.
         return make_dense(
-            int(units),  # which may be NumPy's
+            int(units),
             self.dtype_policy,
             use_bias=self.use_bias,
             kernel_initializer=_copy(self.kernel_initializer),
