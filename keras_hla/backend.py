@@ -3,6 +3,10 @@
 import keras
 from keras import ops
 
+_NOT_RECOMPUTED = (
+    "Where a sequence is longer than `remat_length` it is computed again for its gradients, and "
+    "there is no {}. Use a larger `remat_length`, or None."
+)
 # TensorFlow is slow at many small products on a CPU.
 DEFAULT_CHUNK_SIZE = 128 if keras.config.backend() == "tensorflow" else 64
 
@@ -106,8 +110,23 @@ def scan_recomputed(step, state, inputs, variables):
         variables: list of the `keras.Variable`s that `step` reads.
     """
     if keras.config.backend() == "tensorflow":
-        return _scan_recomputed_tensorflow(step, state, inputs, variables)
+        try:
+            return _scan_recomputed_tensorflow(step, state, inputs, variables)
+        except NotImplementedError as error:
+            raise ValueError(_NOT_RECOMPUTED.format("forward mode under TensorFlow")) from error
+    if keras.config.backend() == "torch":
+        _check_that_torch_recomputes()
     return scan_serially(keras.remat(step), state, inputs)
+
+
+def _check_that_torch_recomputes():
+    import torch
+
+    try:  # What recomputes needs such hooks, which some transforms forbid.
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            pass
+    except RuntimeError as error:
+        raise ValueError(_NOT_RECOMPUTED.format("gradient by `torch.func`")) from error
 
 
 def _scan_recomputed_tensorflow(step, state, inputs, variables):

@@ -30,13 +30,41 @@ def check_choice(name, value, allowed):
         )
 
 
+def as_tensor(name, x, optional=False):
+    """Returns a tensor or an array as it is, and of lists and numbers a tensor."""
+    if (optional and x is None) or (hasattr(x, "shape") and hasattr(x, "dtype")):
+        return x
+    try:
+        tensor = ops.convert_to_tensor(x)
+        if keras.backend.standardize_dtype(tensor.dtype) == "string":  # of TensorFlow
+            raise TypeError("Strings are no numbers.")
+        return tensor
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Argument `{name}` must be a tensor, or nested lists of numbers. "
+            f"Received: {name} of {type(x)}"
+        ) from error
+
+
 def check_rank(rank, axes, **tensors):
+    """Returns the list of them, as `as_tensor` does."""
+    tensors = {name: as_tensor(name, x) for name, x in tensors.items()}
     for name, tensor in tensors.items():
         if len(tensor.shape) != rank:
             raise ValueError(
                 f"Argument `{name}` must have shape {axes}. "
                 f"Received: {name}.shape={tuple(tensor.shape)}"
             )
+    return list(tensors.values())
+
+
+def check_features(name, shape, axes):
+    """Checks the shape with which a layer is built."""
+    if len(shape) != axes.count(",") + 1 or not isinstance(shape[-1], int):
+        raise ValueError(
+            f"Argument `{name}` must have shape {axes}, with a known number of features. "
+            f"Received: {name}.shape={tuple(shape)}"
+        )
 
 
 def check_head_groups(num_heads, num_key_value_heads):
@@ -58,6 +86,8 @@ def check_attention_inputs(query, key, value):
         wrong = "Arguments `query` and `key` must have the same last dimension"
     elif key.shape[2] != value.shape[2]:
         wrong = "Arguments `key` and `value` must have the same number of heads"
+    elif None in (*query.shape[2:], *key.shape[2:], *value.shape[2:]):
+        wrong = "Arguments `query`, `key` and `value` must have known numbers of heads and dims"
     else:
         wrong = None
     if wrong:
@@ -93,6 +123,7 @@ def check_log_decay(log_decay, batch, length, heads):
                 "Argument `log_decay` must be finite and <= 0, or -inf: decays lie in [0, 1]. "
                 f"Received: log_decay={log_decay}"
             )
+    log_decay = as_tensor("log_decay", log_decay)
     shape = tuple(log_decay.shape)
     padded = (1,) * (3 - len(shape)) + shape
     allowed = ((1, batch), (1, length), (1, *heads))
@@ -131,12 +162,13 @@ def check_segment_ids(segment_ids, batch, length):
 
 
 def check_states(name, states, batch, shapes, state_names):
-    """Checks a list of states against the shapes that follow the batch axis."""
+    """Checks a list of states against the shapes that follow the batch axis, and returns it."""
     if not isinstance(states, list | tuple) or len(states) != len(shapes):
         what = f"{len(states)} values" if isinstance(states, list | tuple) else type(states)
         raise ValueError(
             f"Argument `{name}` must be a list of the states {list(state_names)}. Received: {what}"
         )
+    states = [as_tensor(name, state) for state in states]
     for state, shape, state_name in zip(states, shapes, state_names, strict=True):
         expected, received = (batch, *shape), tuple(ops.shape(state))
         if not fits(received, expected):
@@ -144,6 +176,7 @@ def check_states(name, states, batch, shapes, state_names):
                 f"The state {state_name} in argument `{name}` must have shape {expected}. "
                 f"Received: shape {received}"
             )
+    return states
 
 
 def check_shape(name, x, expected):

@@ -1,5 +1,7 @@
 """The models for keras-hub: what they generate, and what keras-hub asks of its models."""
 
+import json
+
 from backends import relative_error, to_numpy
 import keras
 import keras_hub
@@ -392,11 +394,20 @@ def test_score(language_model, reader, rng):
         ({"stateful": True}, "no argument `stateful`.*stateful=True"),
         ({"causal": False}, "no argument `causal`.*Received: causal=False"),
         ({"go_backwards": True}, "no argument `go_backwards`.*go_backwards=True"),
+        ({"num_hedas": 3}, "passed to HLABackbone: {'num_hedas': 3}"),
     ],
 )
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_backbone(**arguments)
+
+
+def test_numbers_of_numpy():
+    sizes = {"vocabulary_size": 11, "num_layers": 2, "num_heads": 2, "hidden_dim": 8, "seed": 1}
+    backbone = HLABackbone(**{name: np.int64(size) for name, size in sizes.items()})
+    config = json.loads(json.dumps(backbone.get_config()))
+    assert {name: config[name] for name in sizes} == sizes
+    assert HLABackbone.from_config(config).get_config() == backbone.get_config()
 
 
 def test_a_vocabulary_without_end_token():

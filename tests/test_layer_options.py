@@ -264,3 +264,72 @@ def test_no_mask_and_no_direction(rng):
     assert keras.src.backend.get_keras_mask(layer(x)) is None
     np.testing.assert_array_equal(to_numpy(layer.compute_mask(x, mask)), mask[:, ::-1])
     assert layers.HLA(2, 4, go_backwards=True, return_sequences=False).compute_mask(x, mask) is None
+
+
+@pytest.fixture
+def long_and_whole(x):
+    """A layer that takes the sequence in pieces, and its twin that does not."""
+    layer, twin = make(remat_length=15, decay="input"), make(remat_length=None, decay="input")
+    twin.set_weights(layer.get_weights())
+    return layer, twin
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="These are transforms of PyTorch.")
+def test_transforms_of_torch_above_remat_length(x, long_and_whole):
+    import torch
+
+    x = torch.as_tensor(x)
+    batches = torch.stack([x, 2 * x])
+
+    def directional(layer):
+        return torch.func.jvp(layer, (x,), (2 * x,))[1]
+
+    def second_order(layer):
+        given = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad((layer(given) ** 2).sum(), given, create_graph=True)
+        return torch.autograd.grad((first**2).sum(), given)[0]
+
+    for transform in (directional, second_order, lambda f: torch.func.vmap(f)(batches)):
+        found, expected = map(transform, long_and_whole)
+        assert relative_error(found.detach(), expected.detach()) <= 1e-4
+    with pytest.raises(ValueError, match=r"longer than `remat_length`.*`torch.func`"):
+        torch.func.grad(lambda x: long_and_whole[0](x).sum())(x)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="These are transforms of JAX.")
+def test_transforms_of_jax_above_remat_length(x, long_and_whole):
+    import jax
+
+    def directional(layer):
+        return jax.jvp(layer, (x,), (2 * x,))[1]
+
+    def second_order(layer):
+        first = jax.grad(lambda x: (layer(x) ** 2).sum())
+        return jax.jvp(first, (x,), (x,))[1]
+
+    def over_batches(layer):
+        return jax.vmap(layer)(np.stack([x, 2 * x]))
+
+    for transform in (directional, second_order, over_batches):
+        found, expected = map(transform, map(jax.jit, long_and_whole))
+        assert relative_error(found, expected) <= 1e-4
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="These are transforms of TensorFlow.")
+def test_transforms_of_tensorflow_above_remat_length(x, long_and_whole):
+    import tensorflow as tf
+
+    x = tf.constant(x)
+
+    def jacobian(layer):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            sums = tf.reduce_sum(layer(x), axis=(1, 2))
+        return tape.jacobian(sums, x)
+
+    for transform in (jacobian, lambda f: tf.vectorized_map(f, tf.stack([x, 2 * x]))):
+        found, expected = map(transform, long_and_whole)
+        assert relative_error(found, expected) <= 1e-4
+    forward = tf.autodiff.ForwardAccumulator(x, x)
+    with pytest.raises(ValueError, match="longer than `remat_length`"), forward:
+        long_and_whole[0](x)

@@ -4,7 +4,8 @@ import keras
 from keras_hub.models import Backbone
 
 from keras_hla.checks import check_positive_int
-from keras_hla.layers import HLADecoderBlock
+from keras_hla.layers import HLA, HLACell, HLADecoderBlock
+from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.float64 import make_rms_norm
 
 # Arguments of the blocks that generation leaves no choice of.
@@ -77,6 +78,11 @@ class HLABackbone(Backbone):
         dtype=None,
         **kwargs,
     ):
+        kwargs, others = split_arguments(kwargs, HLADecoderBlock, HLA, HLACell)
+        if others:
+            raise ValueError(
+                f"Unrecognized keyword arguments passed to {type(self).__name__}: {others}"
+            )
         check_positive_int("vocabulary_size", vocabulary_size)
         check_positive_int("num_layers", num_layers)
         check_positive_int("num_heads", num_heads)
@@ -93,8 +99,8 @@ class HLABackbone(Backbone):
                 f"Received: hidden_dim={hidden_dim}, num_heads={num_heads}, key_dim=None"
             )
         self.token_embedding = keras.layers.ReversibleEmbedding(
-            vocabulary_size,
-            hidden_dim,
+            int(vocabulary_size),  # which may be NumPy's
+            int(hidden_dim),
             tie_weights=tie_word_embeddings,
             dtype=dtype,
             name="token_embedding",
@@ -164,11 +170,10 @@ class HLABackbone(Backbone):
         block = self.decoder_blocks[0].get_config()
         for argument in _FIXED:
             del block[argument]
-        return {
-            **block,
-            **super().get_config(),
+        config = {
             "vocabulary_size": self.vocabulary_size,
             "num_layers": self.num_layers,
             "hidden_dim": self.hidden_dim,
             "tie_word_embeddings": self.tie_word_embeddings,
         }
+        return {**block, **super().get_config(), **plain(config)}

@@ -5,13 +5,16 @@ from keras import ops
 
 from keras_hla import kernels
 from keras_hla.checks import (
+    as_tensor,
     check_choice,
+    check_features,
     check_mask,
     check_positive_int,
     check_rank,
     check_segment_ids,
     check_states,
 )
+from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.hla_cell import HLACell
 from keras_hla.layers.pieces import scan_in_pieces
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
@@ -58,7 +61,8 @@ class HLA(keras.layers.Layer):
             need. A longer one is taken in pieces of at most this length, each
             computed a second time for its gradients, which saves memory. `None`
             is no limit. It needs a length known when the call is traced, and
-            `causal=True`.
+            `causal=True`. Of a longer one there is no gradient by `torch.func`, and
+            under TensorFlow neither forward mode nor a gradient of gradients.
         implementation: `"auto"`, `"portable"` or `"triton"`, as in
             `keras_hla.ops.higher_order_attention`. The kernels take queries, keys
             and values in the compute dtype. `implementation_for(sequences)` tells
@@ -133,7 +137,8 @@ class HLA(keras.layers.Layer):
         **kwargs,
     ):
         # Without autocasting, states stay float32; the cell's projections cast for themselves.
-        super().__init__(name=name, trainable=trainable, dtype=dtype, autocast=False)
+        kwargs, others = split_arguments(kwargs, HLACell)
+        super().__init__(name=name, trainable=trainable, dtype=dtype, autocast=False, **others)
         check_positive_int("chunk_size", chunk_size, optional=True)
         check_positive_int("remat_length", remat_length, optional=True)
         check_choice("implementation", implementation, kernels.IMPLEMENTATIONS)
@@ -155,6 +160,7 @@ class HLA(keras.layers.Layer):
             self._check_noncausal()
 
     def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
+        check_features("sequences", sequences_shape, "(batch, length, features)")
         batch, features = sequences_shape[0], sequences_shape[-1]
         self.cell.build((batch, features))
         if self.stateful:
@@ -191,7 +197,7 @@ class HLA(keras.layers.Layer):
         scope = current_state_scope()
         if scope is not None:
             initial_state, mask = scope.enter(self, sequences, initial_state, mask, segment_ids)
-        self._check(sequences, initial_state, mask, segment_ids)
+        mask, segment_ids = self._check(sequences, initial_state, mask, segment_ids)
         mask = None if mask is None else ops.cast(mask, "bool")
         if self.go_backwards:
             sequences, mask, segment_ids = (
@@ -295,8 +301,11 @@ class HLA(keras.layers.Layer):
         check_noncausal(cell.operator, cell.decay, cell.masked)
 
     def _check(self, sequences, initial_state, mask, segment_ids):
+        """Returns the mask and the segments, of which lists have become tensors."""
         check_rank(3, "(batch, length, features)", sequences=sequences)
         batch, length, _ = sequences.shape
+        mask = as_tensor("mask", mask, optional=True)
+        segment_ids = as_tensor("segment_ids", segment_ids, optional=True)
         if mask is not None:
             check_mask(mask, batch, length)
         if segment_ids is not None:
@@ -316,6 +325,7 @@ class HLA(keras.layers.Layer):
                 f"The batch size of a stateful layer is fixed to {self.states[0].shape[0]}. "
                 f"Received: sequences.shape={tuple(sequences.shape)}"
             )
+        return mask, segment_ids
 
     def _starting_states(self, sequences, initial_state):
         """The given states; else those of a stateful layer; else zeros."""
@@ -356,9 +366,7 @@ class HLA(keras.layers.Layer):
     def get_config(self):
         cell = self.cell.get_config()
         del cell["name"], cell["trainable"], cell["dtype"]
-        return {
-            **super().get_config(),
-            **cell,
+        config = {
             "return_sequences": self.return_sequences,
             "return_state": self.return_state,
             "go_backwards": self.go_backwards,
@@ -369,6 +377,7 @@ class HLA(keras.layers.Layer):
             "implementation": self.implementation,
             "remat_length": self.remat_length,
         }
+        return {**super().get_config(), **cell, **plain(config)}
 
 
 def _last(output, mask):

@@ -5,7 +5,13 @@ from keras import ops
 import numpy as np
 
 from keras_hla import operators
-from keras_hla.checks import check_head_groups, check_number, check_positive_int
+from keras_hla.checks import (
+    check_features,
+    check_head_groups,
+    check_number,
+    check_positive_int,
+)
+from keras_hla.layers.arguments import plain, plain_number
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.float64 import make_dense, make_rms_norm
@@ -159,10 +165,10 @@ class HLACell(keras.layers.Layer):
                     f"(`rope_max_wavelength`). Received: key_dim={key_dim}, "
                     f"rope_max_wavelength={rope_max_wavelength}"
                 )
-        self.num_heads = num_heads
-        self.key_dim = key_dim
-        self.value_dim = value_dim or key_dim
-        self.num_key_value_heads = num_key_value_heads or num_heads
+        self.num_heads = int(num_heads)  # which may be NumPy's, as all sizes
+        self.key_dim = int(key_dim)
+        self.value_dim = int(value_dim or key_dim)
+        self.num_key_value_heads = int(num_key_value_heads or num_heads)
         check_head_groups(self.num_heads, self.num_key_value_heads)
         check_number("epsilon", epsilon, "a positive number", lambda x: x > 0)
         check_number("dropout", dropout, "a number in [0, 1)", lambda x: 0 <= x < 1)
@@ -189,7 +195,7 @@ class HLACell(keras.layers.Layer):
         self.output_norm = output_norm
         self.output_gate = get_activation("output_gate", output_gate)
         self.dropout = dropout
-        self.seed = seed
+        self.seed = plain_number(seed)  # Keras takes no other
         self._output_shape = output_shape
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -200,6 +206,7 @@ class HLACell(keras.layers.Layer):
         self.bias_constraint = keras.constraints.get(bias_constraint)
 
     def build(self, input_shape):
+        check_features("inputs", input_shape, "(batch, features)")
         self.query_dense = self.make_dense(self.num_heads * self.key_dim, "query")
         self.key_dense = self.make_dense(self.num_key_value_heads * self.key_dim, "key")
         self.value_dense = self.make_dense(self.num_key_value_heads * self.value_dim, "value")
@@ -375,7 +382,7 @@ class HLACell(keras.layers.Layer):
         """A `Dense` layer with the bias, initializers, regularizers and constraints of this one."""
         # Every projection needs an initializer of its own, or all would start with equal weights.
         return make_dense(
-            units,
+            int(units),
             self.dtype_policy,
             use_bias=self.use_bias,
             kernel_initializer=_copy(self.kernel_initializer),
@@ -398,8 +405,7 @@ class HLACell(keras.layers.Layer):
         ]
 
     def get_config(self):
-        return {
-            **super().get_config(),
+        config = {
             "num_heads": self.num_heads,
             "key_dim": self.key_dim,
             "value_dim": self.value_dim,
@@ -429,6 +435,7 @@ class HLACell(keras.layers.Layer):
             "bias_constraint": keras.constraints.serialize(self.bias_constraint),
             "seed": self.seed,
         }
+        return {**super().get_config(), **plain(config)}
 
 
 def _split_heads(x, heads, dim):

@@ -3,10 +3,19 @@
 import keras
 from keras import ops
 
-from keras_hla.checks import check_mask, check_number, check_positive_int, check_rank
+from keras_hla.checks import (
+    as_tensor,
+    check_features,
+    check_mask,
+    check_number,
+    check_positive_int,
+    check_rank,
+)
+from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.float64 import make_rms_norm
 from keras_hla.layers.hla import HLA
+from keras_hla.layers.hla_cell import HLACell
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 
 # Arguments of the mixer that a residual leaves no choice of.
@@ -85,7 +94,8 @@ class HLADecoderBlock(keras.layers.Layer):
         **kwargs,
     ):
         # Without autocasting, states stay float32; the layers inside cast for themselves.
-        super().__init__(name=name, trainable=trainable, dtype=dtype, autocast=False)
+        kwargs, others = split_arguments(kwargs, HLA, HLACell)
+        super().__init__(name=name, trainable=trainable, dtype=dtype, autocast=False, **others)
         for argument in _FIXED:
             if argument in kwargs:
                 raise ValueError(
@@ -93,6 +103,12 @@ class HLADecoderBlock(keras.layers.Layer):
                     "in order, with the features of the input. "
                     f"Received: {argument}={kwargs[argument]!r}"
                 )
+        if not kwargs.get("causal", True) and not decay is conv_kernel_size is None:
+            raise ValueError(
+                "With `causal=False` tokens have no order: `decay` must be None and "
+                "`conv_kernel_size` must be None, which are not the defaults of a block. "
+                f"Received: decay={decay!r}, conv_kernel_size={conv_kernel_size!r}"
+            )
         check_positive_int("intermediate_dim", intermediate_dim, optional=True)
         check_number("norm_epsilon", norm_epsilon, "a positive number", lambda x: x > 0)
         self.mixer = HLA(
@@ -112,6 +128,7 @@ class HLADecoderBlock(keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
+        check_features("sequences", sequences_shape, "(batch, length, features)")
         features = sequences_shape[-1]
         size = self.intermediate_dim or -(-8 * features // (3 * _MULTIPLE)) * _MULTIPLE
         cell = self.mixer.cell
@@ -149,6 +166,7 @@ class HLADecoderBlock(keras.layers.Layer):
         check_rank(3, "(batch, length, features)", sequences=sequences)
         if mask is None:  # Keras fills it in only where `sequences` is the one tensor.
             mask = getattr(sequences, "_keras_mask", None)
+        mask = as_tensor("mask", mask, optional=True)
         if mask is not None:
             check_mask(mask, *sequences.shape[:2])
             sequences = ops.where(ops.cast(mask, "bool")[..., None], sequences, 0)
@@ -188,10 +206,9 @@ class HLADecoderBlock(keras.layers.Layer):
         mixer = self.mixer.get_config()
         for argument in _FIXED:
             del mixer[argument]
-        return {
-            **mixer,
-            **super().get_config(),
+        config = {
             "intermediate_dim": self.intermediate_dim,
             "activation": serialize_activation(self.activation),
             "norm_epsilon": self.norm_epsilon,
         }
+        return {**mixer, **super().get_config(), **plain(config)}

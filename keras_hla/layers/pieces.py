@@ -46,10 +46,10 @@ def scan_in_pieces(function, states, inputs, longest, variables):
 def _cut(x, size):
     """`(batch, length, ...)` to `(pieces, batch, size, ...)`."""
     batch, length, *rest = ops.shape(x)
-    return ops.moveaxis(ops.reshape(x, (batch, length // size, size, *rest)), 1, 0)
+    return ops.swapaxes(ops.reshape(x, (batch, length // size, size, *rest)), 0, 1)
 
 
 def _join(x):
     """Undoes `_cut`."""
     pieces, batch, size, *rest = ops.shape(x)
-    return ops.reshape(ops.moveaxis(x, 0, 1), (batch, pieces * size, *rest))
+    return ops.reshape(ops.swapaxes(x, 0, 1), (batch, pieces * size, *rest))

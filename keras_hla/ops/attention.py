@@ -138,7 +138,9 @@ def higher_order_attention(
         check_noncausal(operator, log_decay, masked)
     if segment_ids is not None:
         check_segments_allowed(operator, causal)
-    check_rank(4, "(batch, length, heads, dim)", query=query, key=key, value=value)
+    query, key, value = check_rank(
+        4, "(batch, length, heads, dim)", query=query, key=key, value=value
+    )
     inputs = prepare(query, key, value, log_decay, mask, segment_ids)
     choice = kernels.choose(
         operator,
@@ -260,7 +262,7 @@ def attention_step(
     >>> output, state = keras_hla.ops.attention_step(q, k, v, state)
     """
     operator = operators.get(operator, masked, ridge)
-    check_rank(3, "(batch, heads, dim)", query=query, key=key, value=value)
+    query, key, value = check_rank(3, "(batch, heads, dim)", query=query, key=key, value=value)
     query, key, value = (ops.expand_dims(x, 1) for x in (query, key, value))
     if log_decay is not None and np.ndim(log_decay) == 2:
         log_decay = ops.expand_dims(log_decay, 1)

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_hla.checks import (
+    as_tensor,
     check_attention_inputs,
     check_log_decay,
     check_mask,
@@ -51,6 +52,8 @@ def prepare(query, key, value, log_decay, mask, segment_ids=None):
     check_attention_inputs(query, key, value)
     batch, length, heads, _ = query.shape
     log_decay = check_log_decay(log_decay, batch, length, (heads, key.shape[2]))
+    mask = as_tensor("mask", mask, optional=True)
+    segment_ids = as_tensor("segment_ids", segment_ids, optional=True)
     if mask is not None:
         check_mask(mask, batch, length)
         mask = ops.cast(mask, "bool")
@@ -74,7 +77,7 @@ def prepare_state(name, state, operator, inputs):
     """Checks the argument `name`, a list of states, and returns it in the dtype of states."""
     batch, _, heads, dim = inputs.query.shape
     shapes = operator.state_shapes(inputs.moments, heads, dim, inputs.value.shape[-1])
-    check_states(name, state, batch, shapes, operator.state_names)
+    state = check_states(name, state, batch, shapes, operator.state_names)
     dtype = state_dtype(inputs.query.dtype)
     return [ops.cast(x, dtype) for x in state]
 

@@ -47,7 +47,9 @@ def summarize(query, key, value, operator="hla2", log_decay=None):
     >>> S, F, C, log_decay = combine(left, right)  # the summary of all 100
     """
     operator = operators.get(operator)
-    check_rank(4, "(batch, length, heads, dim)", query=query, key=key, value=value)
+    query, key, value = check_rank(
+        4, "(batch, length, heads, dim)", query=query, key=key, value=value
+    )
     query, key, value, log_decay = prepare(query, key, value, log_decay, None).grouped()
     tensors = forms.summarize(operator, query, key, value, log_decay)
     batch = ops.shape(query)[0]

@@ -60,7 +60,7 @@ def attention_weights(
     check_number("epsilon", epsilon, "a positive number", lambda x: x > 0)
     if not causal:
         check_noncausal(operator, log_decay, masked)
-    check_rank(4, "(batch, length, heads, dim)", query=query, key=key)
+    query, key = check_rank(4, "(batch, length, heads, dim)", query=query, key=key)
     query, key, _, log_decay = prepare(query, key, key, log_decay, mask).grouped()
     weights = forms.weights(operator, query, key, log_decay, causal)
     if normalize:
