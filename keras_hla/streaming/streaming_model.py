@@ -8,12 +8,15 @@ from keras import ops
 from keras_hla.checks import check_shape
 from keras_hla.streaming.check import check_streams
 from keras_hla.streaming.model_call import ModelCall
+from keras_hla.streaming.snapshot import Snapshot
 from keras_hla.streaming.streamed_model import StreamedModel
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
 class StreamingModel(keras.Model):
     """A functional model with states among its inputs and outputs: see `streaming_model`."""
+
+    _snapshot = None  # of what `predict` has compiled
 
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(self._checked(inputs), *args, **kwargs)
@@ -34,6 +37,16 @@ class StreamingModel(keras.Model):
         for name, x in inputs.items():
             check_shape(f"inputs['{name}']", x, expected[name].shape)
         return inputs
+
+    def make_predict_function(self, force=False):
+        """As Keras' own, but anew where layers have other variables, as after `enable_lora`."""
+        changed = self._snapshot is None or not self._snapshot.shows(self)
+        if changed:
+            self._snapshot = Snapshot(self)
+        return super().make_predict_function(force=force or changed)
+
+    def _track_variables(self):
+        """Keeps no list under PyTorch, or weights that the model replaces would stay in memory."""
 
     def step(self, inputs):
         """Calls without checks, for what is traced: pieces of any length, with `"mask"` or without.
