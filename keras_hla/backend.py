@@ -115,12 +115,28 @@ def _scan_recomputed_tensorflow(step, state, inputs, variables):
     return _scan_tensorflow(lambda *entry: recomputed(*entry, values), state, inputs)
 
 
-def stateless(function, variables):
+def traced(function, *inputs):
+    """What the function returns, where the contents of tensors do not matter."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        kept = []
+
+        def keep(*inputs):
+            kept.append(function(*inputs))
+
+        jax.eval_shape(keep, *inputs)
+        return kept[0]
+    return function(*inputs)
+
+
+def stateless(function, variables, jit=True):
     """`f(values, *inputs)`: the function with values in the place of the variables', for inference.
 
     Args:
         function: takes nests of tensors, returns a nest of tensors.
         variables: list of the `keras.Variable`s that it reads.
+        jit: whether JAX compiles it.
     """
     # What is compiled must not keep weights in memory that their layer has replaced.
     references = [weakref.ref(v) for v in variables]
@@ -130,7 +146,7 @@ def stateless(function, variables):
         with keras.StatelessScope(state_mapping=mapping):
             return function(*inputs)
 
-    if keras.config.backend() == "jax":
+    if keras.config.backend() == "jax" and jit:
         import jax
 
         return jax.jit(with_values)

@@ -6,7 +6,7 @@ import pytest
 
 from keras_hla import generate, layers
 from keras_hla.backend import compiled
-from keras_hla.streaming.sampling import sample, inverse
+from keras_hla.streaming.sampling import inverse, sample
 
 INF = np.inf
 LOGITS = {

@@ -1,7 +1,5 @@
 """A language model writes on, from a prompt."""
 
-import numbers
-
 import numpy as np
 
 from keras_hla.checks import check_number, check_positive_int
@@ -171,7 +169,7 @@ def _check_stop_tokens(stop_tokens, vocabulary_size):
     tokens = np.asarray(list(stop_tokens) if unordered else stop_tokens)
     if tokens.ndim > 1 or not (tokens.size == 0 or _are_tokens(tokens, vocabulary_size)):
         raise ValueError(
-            f"Argument `stop_tokens` must be an integer from 0 to {vocabulary_size - 1}, or several. "
+            f"Argument `stop_tokens` must be integers from 0 to {vocabulary_size - 1}, or one. "
             f"Received: stop_tokens={stop_tokens!r}"
         )
     return np.ravel(tokens)
@@ -182,4 +180,4 @@ def _are_tokens(x, vocabulary_size):
 
 
 def _is_natural(x):
-    return isinstance(x, numbers.Integral) and x >= 0
+    return isinstance(x, int | np.integer) and x >= 0

@@ -42,14 +42,13 @@ def write(model, prompts, inputs, max_new_tokens, options, stop_tokens, seed, to
         # The model may change from piece to piece.
         tokens, state = writer_of(model).draw(state, entries, top_k)
         piece = []
-        for row, new in enumerate(tokens.T[:, : max_new_tokens - begin]):
-            new = new if live[row] else new[:0]
-            ends = np.flatnonzero(np.isin(new, stop_tokens))
-            if ends.size:
-                new, live[row] = new[: ends[0] + 1], False
-            if np.any(new < 0):
-                raise ValueError("The model gave logits that hold NaN, or are all minus infinity.")
-            piece.append(new)
+        for row, drawn in enumerate(tokens.T[:, : max_new_tokens - begin]):
+            ends = np.flatnonzero(np.isin(drawn, stop_tokens))
+            count = ends[0] + 1 if ends.size else len(drawn)
+            piece.append(drawn[: count if live[row] else 0])
+            live[row] &= not ends.size
+        if np.any(np.concatenate(piece) < 0):
+            raise ValueError("The model gave logits that hold NaN, or are all minus infinity.")
         yield piece
         if not live.any():
             return
@@ -132,7 +131,7 @@ class Writer:
     def _step(self, top_k):
         def step(state, entries):
             logits, *values = state
-            token = sample(logits, *entries, top_k)
+            token = sample(logits, *entries, top_k=top_k)
             states = dict(zip(self._names, values, strict=True))
             logits, states = self._read_piece(ops.maximum(token, 0)[:, None], None, states)
             return token, (logits, *(states[name] for name in self._names))
