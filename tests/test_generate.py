@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+from backends import compiled, to_numpy
 import keras
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def check_greedy(new, model, prompt, **inputs):
     """Holds new tokens to the model, called on all that was written."""
     row = keras.ops.convert_to_tensor(np.concatenate([prompt, new])[None].astype("int32"))
     call = model.call if isinstance(model, keras.Sequential) else model  # of any length
-    logits = keras.ops.convert_to_numpy(call({"tokens": row} | inputs if inputs else row))
+    logits = to_numpy(compiled(call)({"tokens": row} | inputs if inputs else row))
     np.testing.assert_array_equal(new, np.argmax(logits[0, len(prompt) - 1 : -1], axis=-1))
 
 
@@ -102,21 +103,22 @@ def test_weights_may_change(model, prompts):
     np.testing.assert_array_equal(before, after)
 
 
-def stack(dtype=None, vocabulary=VOCABULARY):
+def stack(mask_zero=False):
     """Layers of a language model that writes more than one token for ever."""
     start = keras.initializers.RandomNormal(stddev=1.0)
     return [
-        keras.layers.Embedding(VOCABULARY, 16, embeddings_initializer=start, dtype=dtype),
-        layers.HLA(2, 8, name="hla", kernel_initializer=start, dtype=dtype),
-        keras.layers.Dense(vocabulary, name="logits", kernel_initializer=start, dtype=dtype),
+        keras.layers.Embedding(VOCABULARY, 16, start, mask_zero=mask_zero),
+        layers.HLA(2, 8, name="hla", kernel_initializer=start),
+        keras.layers.Dense(VOCABULARY, name="logits", kernel_initializer=start),
     ]
 
 
-def functional(**options):
-    x = tokens = keras.Input((None,), dtype="int32")
-    for layer in stack(**options):
-        x = layer(x)
-    return keras.Model(tokens, x)
+def functional(mask_zero=False, residual=False):
+    tokens = keras.Input((None,), dtype="int32")
+    embedding, hla, dense = stack(mask_zero)
+    x = embedding(tokens)
+    x = x + hla(x) if residual else hla(x)
+    return keras.Model(tokens, dense(layers.HLA(2, 8, name="second")(x)))
 
 
 def enable_lora(model):
@@ -243,6 +245,19 @@ def test_further_inputs(rng):
     for wrong in (conditions[0], conditions[:1], conditions[:, :8]):
         with pytest.raises(ValueError, match=r"`inputs\['condition'\]`"):
             generate(model, prompts, 3, inputs={"condition": wrong})
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_masked_tokens(residual):
+    """They are in the prompt, and are written; an addition ends the mask, so that they count."""
+    model = functional(mask_zero=True, residual=residual)
+    weights = model.get_layer("logits").get_weights()
+    model.get_layer("logits").set_weights(
+        [weights[0], weights[1] + 4 * (np.arange(VOCABULARY) < 1)]
+    )
+    new = generate(model, [3, 0, 0, 2, 0], 24, temperature=0)
+    assert 0 < np.sum(new == 0) < 24
+    check_greedy(new, model, [3, 0, 0, 2, 0])
 
 
 def test_stop_tokens_may_be_of_any_kind(model, prompts):

@@ -13,7 +13,7 @@ class Signal:
     """A tensor of a model, as far as it matters to reading in pieces.
 
     Args:
-        shape: shape, where the size of the axis of time means nothing.
+        shape: shape, in which the axis of time has the size 1.
         dtype: dtype.
         axis: axis of time; `None` if there is none.
         per_step: number of entries for each time step.
@@ -78,7 +78,9 @@ def signal_of(whole, first, last, length, varies):
     if len(axes) > 1 or sizes != ((length + 1) * per_step, length * per_step):
         return None
     pieces = np.concatenate([_array(first), _array(last)], axis=axis)
-    return None if _differ(whole, pieces, dtype) else Signal(shape, dtype, axis, per_step)
+    if _differ(whole, pieces, dtype):
+        return None
+    return Signal((*shape[:axis], 1, *shape[axis + 1 :]), dtype, axis, per_step)
 
 
 def _differ(actual, expected, dtype):

@@ -131,7 +131,8 @@ class Writer:
     def _step(self, top_k):
         def step(state, entries):
             logits, *values = state
-            token = sample(logits, *entries, top_k=top_k)
+            uniform, inverse, top_p = entries
+            token = sample(logits, uniform, inverse, top_p, top_k)
             states = dict(zip(self._names, values, strict=True))
             logits, states = self._read_piece(ops.maximum(token, 0)[:, None], None, states)
             return token, (logits, *(states[name] for name in self._names))
