@@ -46,8 +46,8 @@ class StateScope:
         for name, value in (("initial_state", initial_state), ("segment_ids", segment_ids)):
             if value is not None:
                 raise ValueError(
-                    f"A stream hands the states from piece to piece: `{name}` of layer "
-                    f"'{layer.name}' must be None. Received: {name}={value}"
+                    "A stream hands the states from piece to piece, and each sequence is a stream "
+                    f"of its own: make the model without `{name}` of layer '{layer.name}'"
                 )
         for name, needed in (("causal", True), ("go_backwards", False)):
             if getattr(layer, name) != needed:

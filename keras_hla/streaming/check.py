@@ -83,7 +83,9 @@ class _Trial:
             first, states = run(list(first), None)
             last, _ = run(list(last), states)
         except Exception as error:
-            raise _refusal(operation, f"which cannot read a piece: {error}") from error
+            # Keras puts another in its place, with all arguments of the call.
+            reason = error.__context__ if error.__suppress_context__ else error
+            raise _refusal(operation, f"which cannot read a piece: {reason}") from error
         varies = any(x.varies for x in signals)
         outputs = [signal_of(*x, length, varies) for x in zip(whole, first, last, strict=True)]
         if None in outputs:

@@ -20,8 +20,8 @@ def writer_of(model):
     """The writer of a model as it is now, which is kept for what it has compiled."""
     if callable(getattr(model, "generate", None)):
         raise ValueError(
-            "Argument `model` must not have a method `generate` of its own, which is the one to "
-            f"call: `model.generate(...)`. Received: {model}"
+            "Argument `model` must not have a method `generate`: call that, `model.generate(...)`. "
+            f"Received: {model}"
         )
     writer = getattr(model, "_keras_hla_writer", None)
     if writer is None or not writer.snapshot.shows(model):
