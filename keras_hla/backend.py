@@ -1,5 +1,8 @@
 """What differs between the backends of Keras."""
 
+import functools
+import weakref
+
 import keras
 from keras import ops
 
@@ -147,19 +150,38 @@ def _scan_recomputed_tensorflow(step, state, inputs, variables):
     return _scan_tensorflow(lambda *entry: recomputed(*entry, values), state, inputs)
 
 
-def stateless(function, variables):
+def traced(function, *inputs):
+    """What the function returns, where the contents of tensors do not matter."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        kept = []
+
+        def keep(*inputs):
+            kept.append(function(*inputs))
+
+        jax.eval_shape(keep, *inputs)
+        return kept[0]
+    return function(*inputs)
+
+
+def stateless(function, variables, jit=True):
     """`f(values, *inputs)`: the function with values in the place of the variables', for inference.
 
     Args:
         function: takes nests of tensors, returns a nest of tensors.
         variables: list of the `keras.Variable`s that it reads.
+        jit: whether JAX compiles it.
     """
+    # What is compiled must not keep weights in memory that their layer has replaced.
+    references = [weakref.ref(v) for v in variables]
 
     def with_values(values, *inputs):
-        with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
+        mapping = ((reference(), x) for reference, x in zip(references, values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping):
             return function(*inputs)
 
-    if keras.config.backend() == "jax":
+    if keras.config.backend() == "jax" and jit:
         import jax
 
         return jax.jit(with_values)
@@ -170,19 +192,29 @@ def stateless(function, variables):
     return with_values
 
 
-def compiled(function, variables):
+def compiled(function, variables, jit_compile=None):
     """The function for inference, compiled anew for each combination of shapes.
 
     Args:
         function: takes and returns nests of tensors.
-        variables: list of the `keras.Variable`s that it reads, whose values may change.
+        variables: list of the `keras.Variable`s that it reads, whose values may change. Only
+            weak references to them are kept, and none to their values.
+        jit_compile: under TensorFlow, whether XLA compiles it, as in `tf.function`.
     """
+    call = stateless(function, variables)
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, autograph=False)
-    call = stateless(function, variables)
-    return lambda *inputs: call([v.value for v in variables], *inputs)
+        # A partial one, or TensorFlow warns of the traces of all that is compiled here together.
+        call = tf.function(functools.partial(call), autograph=False, jit_compile=jit_compile)
+    values = _values(variables)
+    return lambda *inputs: call(values(), *inputs)
+
+
+def _values(variables):
+    """A function that returns the values of variables at the time, as a list."""
+    references = [weakref.ref(v) for v in variables]
+    return lambda: [ops.convert_to_tensor(reference()) for reference in references]
 
 
 def compiled_scan(step, variables, output_dtype=None):
@@ -193,24 +225,20 @@ def compiled_scan(step, variables, output_dtype=None):
 
     Args:
         step: as in `scan_serially`.
-        variables: list of the `keras.Variable`s that it reads, whose values may change.
+        variables: as in `compiled`.
         output_dtype: as in `scan_serially`.
     """
     if keras.config.backend() == "torch":
         from keras_hla.torch_loop import TracedLoop
 
-        loop = TracedLoop(stateless(step, variables))
-        return lambda state, inputs: loop([v.value for v in variables], state, inputs)
+        loop, values = TracedLoop(stateless(step, variables)), _values(variables)
+        return lambda state, inputs: loop(values(), state, inputs)
 
     def scan(state, inputs):
         return scan_serially(step, state, inputs, output_dtype)
 
-    if keras.config.backend() == "tensorflow":
-        import tensorflow as tf
-
-        # XLA takes longer to compile, and makes a loop of small steps 20 times as fast.
-        return tf.function(scan, autograph=False, jit_compile=True)
-    return compiled(scan, variables)
+    # XLA takes longer to compile, and makes a loop of small steps 20 times as fast.
+    return compiled(scan, variables, jit_compile=True)
 
 
 def export_options(specs, sequences):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from scripts import run_python
 
+from keras_hla import generate, streaming_model
 from keras_hla.hub import HLABackbone, HLACausalLM, HLACausalLMPreprocessor, HLATokenizer
 
 END = "<|endoftext|>"
@@ -365,6 +366,32 @@ def test_lora(prompts, tmp_path):
     twin.backbone.load_lora_weights(tmp_path / "adapters.lora.h5")
     for a, b in zip(twin.get_weights(), causal_lm.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_generation_is_by_the_model_as_it_is_now(prompts, rng):
+    causal_lm = make_lm()
+    before = to_numpy(causal_lm.generate(prompts, stop_token_ids=None)["token_ids"])
+    embedding = causal_lm.backbone.token_embedding
+    embedding.enable_lora(2)
+    embedding.lora_embeddings_b.assign(rng.standard_normal(embedding.lora_embeddings_b.shape))
+    after = to_numpy(causal_lm.generate(prompts, stop_token_ids=None)["token_ids"])
+    reader = keras.Model(causal_lm.input, causal_lm.output)
+    np.testing.assert_array_equal(after, continue_naively(reader, prompts, GreedySampler()))
+    assert not np.array_equal(before, after)
+
+
+def test_streams_and_the_other_generate(language_model, reader, rng):
+    with pytest.raises(ValueError, match=r"`model.generate\(...\)`"):
+        generate(language_model, [1, 2], 3)
+    stream = streaming_model(language_model)
+    inputs = make_prompts(rng, [LENGTH, 5, 9])
+    expected, states = reader.predict_on_batch(inputs), stream.initial_state(3)
+    for begin, end in ((0, 5), (5, 6), (6, LENGTH)):  # The second begins with padding in a row.
+        piece = {name: x[:, begin:end] for name, x in inputs.items()}
+        outputs = stream.predict_on_batch(piece | states)
+        states = {name: outputs[name] for name in stream.state_names}
+        (name,) = outputs.keys() - states.keys()
+        assert relative_error(outputs[name], expected[:, begin:end]) <= 1e-5
 
 
 def test_score(language_model, reader, rng):

@@ -118,6 +118,47 @@ def test_pieces_of_different_lengths_in_a_batch(rng):
         assert relative_error(got, expected[row, : len(got)]) <= 1e-5
 
 
+def masked_blocks(**options):
+    """The mask of the embedding reaches all blocks."""
+    tokens, x = embed(mask_zero=True)
+    for operator in ("hla2", "ahla"):
+        x = layers.HLADecoderBlock(4, 8, operator=operator, **EVERY_OPTION, **options)(x)
+    return keras.Model(tokens, keras.layers.Dense(20, name="logits")(x))
+
+
+def masked_last():
+    tokens, x = embed(mask_zero=True)
+    x = layers.HLA(2, 8, return_sequences=False, zero_output_for_mask=True)(x)
+    return keras.Model(tokens, keras.layers.Dense(20, name="logits")(x))
+
+
+def masked_zeros():
+    return masked_blocks(zero_output_for_mask=True)
+
+
+@pytest.mark.parametrize("make", [masked_blocks, masked_zeros, masked_last, everything_else])
+def test_masked_tokens_are_those_of_the_whole(make, rng):
+    """Also where a piece begins with them, or holds no other; what is downstream may read them."""
+    model = make()
+    stream = streaming_model(model)
+    tokens = draw(rng, (3, 24)) * (rng.random((3, 24)) < 0.6)
+    tokens[0, :3] = tokens[1, 9:15] = tokens[2, 10:] = 0
+    tokens = tokens.astype("int32")
+    for pieces in ([1] * 24, [10, 4, 10], [3, 7, 14]):
+        states, begin = stream.initial_state(3), 0
+        for length in pieces:
+            end = begin + length
+            inputs = {"tokens": tokens[:, begin:end]}
+            outputs = stream.predict_on_batch(inputs | states)
+            expected = model.predict_on_batch(tokens[:, :end])
+            if make is not masked_last:
+                expected = expected[:, begin:end]
+            np.testing.assert_allclose(outputs["logits"], expected, rtol=1e-4, atol=1e-5)
+            states, begin = {name: outputs[name] for name in stream.state_names}, end
+    carried = [name for name in stream.state_names if name.endswith("_output")]
+    assert len(carried) == {masked_zeros: 0, masked_blocks: 2}.get(make, 1)
+
+
 def test_last_outputs_and_constant_inputs(rng):
     sequence, constant = keras.Input((None, 8), name="sequence"), keras.Input((3,), name="constant")
     x = layers.HLA(2, 4, return_sequences=False)(sequence)
@@ -186,14 +227,79 @@ class Gated(keras.layers.Layer):
         return x + self.gate * ops.cumsum(x, axis=1)
 
 
+class Positions(keras.layers.Layer):
+    """Adds what depends on the position in the piece, or on its length."""
+
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, x):
+        length = ops.shape(x)[1]
+        return x + 0.1 * self.function(ops.arange(length, dtype="float32"), length)[:, None]
+
+
+def on_vocabulary(function, value):
+    """What a function makes of half of the features; the others are a constant."""
+    return lambda x: ops.where(ops.arange(16) < 8, function(x), value)
+
+
+def after_a_mask(layer, value):
+    """A layer, then another that forbids half of the vocabulary."""
+    return lambda x: keras.layers.Lambda(on_vocabulary(lambda z: z, value))(layer(x))
+
+
+def dilated(rate, name="conv"):
+    return keras.layers.Conv1D(16, 2, dilation_rate=rate, padding="causal", name=name)
+
+
 MIXERS = {
     "attention": lambda x: keras.layers.MultiHeadAttention(2, 4, name="attention")(x, x),
     "conv": keras.layers.Conv1D(16, 3, padding="causal", name="conv"),
+    "conv_dilated": dilated(8, "conv_dilated"),
+    "conv_far": dilated(700, "conv_far"),
+    "conv_hidden": after_a_mask(dilated(8, "conv_hidden"), -1e9),
+    "conv_infinite": after_a_mask(dilated(8, "conv_infinite"), -np.inf),
+    "conv_in_a_block": keras.Sequential([dilated(9, "conv_in_a_block"), keras.layers.ReLU()]),
+    "depthwise": keras.layers.DepthwiseConv1D(2, padding="same", name="depthwise"),
     "pool": keras.layers.GlobalAveragePooling1D(name="pool"),
+    "pool_max": keras.layers.MaxPooling1D(2, strides=1, padding="same", name="pool_max"),
+    "gru": keras.layers.GRU(16, return_sequences=True, name="gru"),
+    "both": keras.layers.Bidirectional(keras.layers.GRU(8, return_sequences=True), name="both"),
+    "norm": keras.layers.UnitNormalization(axis=1, name="norm"),
+    "group_norm": keras.layers.GroupNormalization(2, name="group_norm"),
+    "softmax": keras.layers.Softmax(axis=1, name="softmax"),
+    "dense_softmax": keras.layers.Dense(
+        16, activation=lambda z: ops.softmax(z, axis=1), name="dense_softmax"
+    ),
+    "pad": keras.layers.ZeroPadding1D(1, name="pad"),
+    "crop": keras.layers.Cropping1D(1, name="crop"),
+    "positions": Positions(lambda t, _: ops.sin(t), name="positions"),
+    "positions_even": Positions(lambda t, _: t % 2, name="positions_even"),
+    "positions_start": Positions(lambda t, _: ops.cast(t == 0, "float32"), name="positions_start"),
+    "positions_length": Positions(
+        lambda t, n: 0 * t + 1 / ops.cast(n, "float32"), name="positions_length"
+    ),
+    "lambda_sum": keras.layers.Lambda(
+        on_vocabulary(lambda z: ops.cumsum(z, axis=1), -1e9), name="lambda_sum"
+    ),
+    "lambda_last": keras.layers.Lambda(lambda z: z + z[:, -1:], name="lambda_last"),
+    "lambda_shift": keras.layers.Lambda(lambda z: ops.roll(z, 300, axis=1), name="lambda_shift"),
+    "get_item": lambda x: x[:, :1],
+    "lambda_before": keras.layers.Lambda(lambda z: z[:, -2], name="lambda_before"),
+    "lambda_stride": keras.layers.Lambda(lambda z: z[:, ::2], name="lambda_stride"),
+    "add": lambda x: keras.layers.Add(name="add")([x, x[:, -1:]]),
     "flip": lambda x: ops.flip(x, axis=1),
+    "mean": lambda x: ops.mean(x, axis=1),
+    "cumsum": lambda x: ops.cumsum(x, axis=1),
+    "matmul": lambda x: ops.matmul(ops.matmul(x, ops.transpose(x, (0, 2, 1))), x),
     "gated": Gated(name="gated"),
+    "gated_frozen": Gated(name="gated_frozen", trainable=False),
     "backward_both": keras.layers.Bidirectional(layers.HLA(2, 4, name="both")),
     "unordered": layers.HLA(2, 4, causal=False, name="unordered"),
+    "feature_map": layers.HLA(
+        2, 4, feature_map=lambda z: ops.softmax(z, axis=1), name="feature_map"
+    ),
 }
 
 
@@ -209,6 +315,37 @@ def test_refuses_by_name_what_mixes_time(name, nested):
     model = keras.Model(inputs, keras.layers.Dense(4)(x))
     with pytest.raises(ValueError, match=f"'{name}"):
         streaming_model(model)
+
+
+PER_STEP = {
+    "vocabulary": lambda: keras.layers.Lambda(on_vocabulary(lambda z: z, -1e9)),
+    "infinite": lambda: keras.layers.Lambda(on_vocabulary(lambda z: z, -np.inf)),
+    "nan": lambda: keras.layers.Lambda(ops.log),
+    "conv": lambda: keras.layers.Conv1D(16, 1),
+    "norm": keras.layers.LayerNormalization,
+    "batch_norm": keras.layers.BatchNormalization,
+    "softmax": keras.layers.Softmax,
+    "relu": lambda: keras.layers.Dense(16, "relu"),
+    "noise": lambda: keras.layers.GaussianNoise(1.0),
+    "heads": lambda: keras.layers.EinsumDense("abc,cde->abde", output_shape=(None, 4, 4)),
+    "permuted": lambda: lambda x: ops.transpose(2 * ops.transpose(x, (0, 2, 1)), (0, 2, 1)),
+    "split": lambda: lambda x: keras.layers.Reshape((-1, 16))(keras.layers.Reshape((-1, 8))(x)),
+    "last": lambda: lambda x: x[:, -1],
+    "image": lambda: lambda x: keras.layers.Conv2D(4, (1, 3))(x[..., None]),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("name", PER_STEP)
+def test_takes_what_acts_on_each_step_alone(name, dtype, rng):
+    keras.config.set_dtype_policy(dtype)
+    inputs = keras.Input((None, 16), name="inputs")
+    x = PER_STEP[name]()(layers.HLA(2, 8)(inputs))
+    stream = streaming_model(keras.Model({"inputs": inputs}, {"outputs": x}))
+    outputs = stream({"inputs": draw(rng, (1, 3, 16)) / 20} | stream.initial_state(1))
+    assert tuple(outputs["outputs"].shape[1:]) == (
+        x.shape[1:] if name == "last" else (3, *x.shape[2:])
+    )
 
 
 def test_errors(rng):

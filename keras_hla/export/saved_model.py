@@ -5,8 +5,8 @@ from keras import ops
 
 from keras_hla.backend import check_batch_sizes, export_options
 from keras_hla.export.session import Session
-from keras_hla.streaming import streaming_model
 from keras_hla.streaming.model_call import ModelCall
+from keras_hla.streaming.streaming_model import streaming_model
 
 _FROM_TORCH = (
     "Keras writes no SavedModel of any length under torch. Save the model, "

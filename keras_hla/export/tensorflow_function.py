@@ -3,8 +3,8 @@
 import keras
 
 from keras_hla.backend import stateless
-from keras_hla.streaming import streaming_model
 from keras_hla.streaming.model_call import ModelCall
+from keras_hla.streaming.streaming_model import streaming_model
 
 _NOT_TENSORFLOW = (
     "From TensorFlow alone this format is exact. Save the model, "

@@ -7,6 +7,7 @@ from keras_hub.models import CausalLM
 from keras_hla.checks import check_choice
 from keras_hla.hub.hla_backbone import HLABackbone
 from keras_hla.hub.hla_causal_lm_preprocessor import HLACausalLMPreprocessor
+from keras_hla.streaming.snapshot import Snapshot
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
@@ -50,6 +51,7 @@ class HLACausalLM(CausalLM):
 
     backbone_cls = HLABackbone
     preprocessor_cls = HLACausalLMPreprocessor
+    _snapshot = None  # of what `generate` has compiled
 
     def __init__(self, backbone, preprocessor=None, **kwargs):
         self.backbone = backbone
@@ -57,6 +59,12 @@ class HLACausalLM(CausalLM):
         inputs = backbone.input
         outputs = backbone.token_embedding(backbone(inputs), reverse=True)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+
+    def make_generate_function(self):
+        """As that of keras-hub, but anew where layers have other variables, as after LoRA."""
+        if self._snapshot is None or not self._snapshot.shows(self):
+            self._snapshot, self.generate_function = Snapshot(self), None
+        return super().make_generate_function()
 
     def generate_step(self, inputs, stop_token_ids=None):
         """Continues a batch of prompts; `generate` compiles it.

@@ -194,9 +194,11 @@ class HLA(keras.layers.Layer):
     def call(self, sequences, initial_state=None, mask=None, segment_ids=None, training=None):
         if mask is None:  # Keras fills it in only where `sequences` is the one tensor.
             mask = getattr(sequences, "_keras_mask", None)
-        scope = current_state_scope()
+        scope, before = current_state_scope(), None
         if scope is not None:
-            initial_state, mask = scope.enter(self, sequences, initial_state, mask, segment_ids)
+            initial_state, mask, before = scope.enter(
+                self, sequences, initial_state, mask, segment_ids
+            )
         mask, segment_ids = self._check(sequences, initial_state, mask, segment_ids)
         mask = None if mask is None else ops.cast(mask, "bool")
         if self.go_backwards:
@@ -210,18 +212,37 @@ class HLA(keras.layers.Layer):
             starts = segment_starts(ops.convert_to_tensor(segment_ids), mask)
         states = self._starting_states(sequences, initial_state)
         output, states = self._in_pieces(states, sequences, mask, starts)
+        warn_of_redrawn_dropout(self, self.cell, training)
+        output, last = self.cell.drop(output, training), None
+        if mask is not None:
+            output, last = self._at_masked(output, mask, before)
         if scope is not None:
-            scope.leave(states)
+            scope.leave(states, last)
         elif self.stateful:
             for variable, state in zip(self.states, states, strict=True):
                 variable.assign(state)
-        warn_of_redrawn_dropout(self, self.cell, training)
-        output = self.cell.drop(output, training)
         if not self.return_sequences:
-            output = _last(output, mask)
-        elif mask is not None:
-            output = _fill(output, mask, self.zero_output_for_mask)
+            # Of one token, or of none.
+            output = ops.sum(output[:, -1:], axis=1) if last is None else last
         return (output, *states) if self.return_state else output
+
+    def _at_masked(self, output, mask, before):
+        """The outputs, with zero or the output before where `mask` is false; and the last before.
+
+        Args:
+            output: tensor of shape `(batch, length, features)`.
+            mask: boolean tensor of shape `(batch, length)`.
+            before: the output before the first, `(batch, features)`. `None` is zero.
+        """
+        batch, features = ops.shape(output)[0], output.shape[-1]
+        if before is None:
+            before = ops.zeros((batch, features), output.dtype)
+        entries = ops.concatenate([ops.cast(before, output.dtype)[:, None], output], axis=1)
+        some = ops.concatenate([ops.ones((batch, 1), "bool"), mask], axis=1)
+        filled, _ = fill_forward(entries, some)
+        if self.zero_output_for_mask:
+            return ops.where(mask[..., None], output, 0), filled[:, -1]
+        return filled[:, 1:], filled[:, -1]
 
     def _in_pieces(self, states, sequences, mask, starts):
         length, longest = sequences.shape[1], self.remat_length
@@ -378,18 +399,3 @@ class HLA(keras.layers.Layer):
             "remat_length": self.remat_length,
         }
         return {**super().get_config(), **cell, **plain(config)}
-
-
-def _last(output, mask):
-    """The output of the last unmasked token, `(batch, features)`; zero if there is none."""
-    if mask is not None:
-        output = _fill(output, mask, zero=False)
-    return ops.sum(output[:, -1:], axis=1)  # of one token, or of none
-
-
-def _fill(output, mask, zero):
-    """Puts zero, or the output of the last token that counts, where `mask` is false."""
-    if zero:
-        return ops.where(mask[..., None], output, 0)
-    output, some = fill_forward(output, mask)
-    return ops.where(some[..., None], output, 0)

@@ -20,13 +20,16 @@ class StateScope:
 
     Args:
         states: List of the lists of states before the piece, one for each call
-            of a layer. `None` is the state before the first token.
+            of a layer. `None` is the state before the first token. Where the
+            model masks tokens by itself, their outputs repeat the one before
+            them, which may be of the piece before: that is one more state then.
         mask: Boolean tensor of shape `(batch, length)`, true where a token
             counts, for all layers. `None` is all.
     """
 
     def __init__(self, states=None, mask=None):
         self.layers = []  # those met, once per call
+        self.carries = []  # whether an output is among the states of each
         self.states = []  # their lists of states after the piece
         self._given = states
         self._mask = mask
@@ -39,12 +42,12 @@ class StateScope:
         _current.reset(self._token)
 
     def enter(self, layer, sequences, initial_state, mask, segment_ids):
-        """The state from which `layer` starts, and its mask."""
+        """The state from which `layer` starts, its mask, and the output before, or `None`."""
         for name, value in (("initial_state", initial_state), ("segment_ids", segment_ids)):
             if value is not None:
                 raise ValueError(
-                    f"A stream hands the states from piece to piece: `{name}` of layer "
-                    f"'{layer.name}' must be None. Received: {name}={value}"
+                    "A stream hands the states from piece to piece, and each sequence is a stream "
+                    f"of its own: make the model without `{name}` of layer '{layer.name}'"
                 )
         for name, needed in (("causal", True), ("go_backwards", False)):
             if getattr(layer, name) != needed:
@@ -52,13 +55,21 @@ class StateScope:
                     "A stream is read in order, and its future is unknown: layer "
                     f"'{layer.name}' must have {name}={needed}. Received: {name}={not needed}"
                 )
+        repeats = not (layer.return_sequences and layer.zero_output_for_mask)
         self.layers.append(layer)
+        self.carries.append(mask is not None and repeats)
         if self._mask is not None:
             mask = self._mask if mask is None else ops.logical_and(mask, self._mask)
         if self._given is None:
-            return layer.get_initial_state(ops.shape(sequences)[0]), mask
-        return self._given[len(self.layers) - 1], mask
+            return layer.get_initial_state(ops.shape(sequences)[0]), mask, None
+        states, output = self._given[len(self.layers) - 1], None
+        if self.carries[-1]:
+            *states, output = states
+        return states, mask, output
 
-    def leave(self, states):
-        """Takes the states after the piece."""
-        self.states.append(list(states))
+    def leave(self, states, output):
+        """Takes the states after the piece, and the output of its last unmasked token."""
+        states = list(states)
+        if self.carries[-1]:
+            states.append(ops.cast(output, self.layers[-1].cell.state_dtype))
+        self.states.append(states)

@@ -1,115 +1,164 @@
-"""Whether a model can be read piece by piece: it is tried."""
+"""Whether a model can be read piece by piece: each of its operations is tried."""
+
+import inspect
 
 import keras
+from keras import tree
 import numpy as np
 
-from keras_hla.backend import stateless
+from keras_hla.backend import stateless, traced
+from keras_hla.layers.hla import HLA
+from keras_hla.layers.hla_decoder_block import HLADecoderBlock
+from keras_hla.layers.state_scope import StateScope
 from keras_hla.streaming.model_call import ModelCall
+from keras_hla.streaming.signal import ROWS, Signal, signal_of
 
-# Two pieces. Each begins with a token that is not 0, which some embeddings take for padding.
-_TOKENS = np.array([[1, 0, 1, 1, 1, 0], [1, 1, 0, 1, 0, 0]])
-_LENGTH, _PIECE = 6, 3
+# An operation is tried with one of these numbers of steps and one step more. They are prime, so
+# that no period of positions goes unnoticed; and the last, alone, must not miss those before it.
+_LENGTHS = (13, 31, 101, 601)
+_MOST_ELEMENTS, _MOST_PRODUCTS = 2**22, 2**30  # in the longest trial that is worth its time
 
 
 def check_streams(model):
     """Raises a `ValueError` that names the layer by which a model cannot be streamed.
 
-    A model can be if in two pieces, and with the states between them, it gives the
-    outputs of the whole.
+    A model can be if each of its operations can, tried by itself on random tensors: it gives
+    for two pieces, with the states between them, what it gives for the whole.
 
     Returns:
-        The `HLA` layers of the model, once per call, in order.
+        The `HLA` layers of the model, once per call, in order; and for each whether its last
+        output is one of its states.
     """
-    layers, same = _try(model)
-    if not same:
-        name = _first_that_mixes(model) or model.name
-        raise ValueError(
-            "A model that streams is made of `HLA` layers, their blocks, and layers that act on "
-            f"each time step alone. Received: layer '{name}', whose outputs for a piece of a "
-            "sequence are not those that it has in the whole"
-        )
-    return layers
-
-
-def _try(model):
-    """The `HLA` layers, and whether the outputs in pieces are those of the whole."""
     call = ModelCall(model)
     if not call.sequences:
         raise ValueError(
             "Argument `model` must have an input of a sequence, as in `keras.Input((None,))`. "
             f"Received: inputs of shapes {[x.shape for x in call.inputs.values()]}"
         )
-    layers: list[keras.layers.Layer] = []
-
-    def run(inputs, states):
-        outputs, scope = call(inputs, states)
-        layers[:] = scope.layers
-        return outputs, scope.states
-
-    # With weights that differ from those of the model: one that is zero hides nothing then.
+    inputs = {
+        name: Signal(
+            (ROWS, *(n or 1 for n in x.shape[1:])), x.dtype, 1 if name in call.sequences else None
+        )
+        for name, x in call.inputs.items()
+    }
+    _Trial().visit(call.model, call.arrange_inputs(inputs))
     rng = np.random.default_rng(0)
-    variables = [v for v in model.trainable_variables if "float" in v.dtype]
-    values = [
-        v.value + keras.ops.cast(0.05 * rng.standard_normal(v.shape), v.dtype) for v in variables
-    ]
-    attempt = stateless(run, variables)
-    inputs = {name: _random(rng, x, name in call.sequences) for name, x in call.inputs.items()}
-
-    def piece(begin):
-        return {
-            name: x[:, begin : begin + _PIECE] if name in call.sequences else x
-            for name, x in inputs.items()
-        }
-
-    whole, _ = attempt(values, inputs, None)
-    first, states = attempt(values, piece(0), None)
-    second, _ = attempt(values, piece(_PIECE), states)
-    tolerance = 1e-3 if model.compute_dtype in ("float32", "float64") else 5e-2
-    same = all(_same(whole[n], first[n], second[n], tolerance) for n in whole)
-    return list(layers), same
+    pieces = {name: signal.draw(rng, 1)[0] for name, signal in inputs.items()}
+    _, scope = traced(call, pieces)
+    return scope.layers, scope.carries
 
 
-def _random(rng, x, is_sequence):
-    if x.dtype.startswith(("int", "uint", "bool")):
-        tokens = _TOKENS if is_sequence else np.ones((2, 1))
-        shape = (2, _LENGTH if is_sequence else x.shape[1], *x.shape[2:])
-        tokens = tokens.reshape(tokens.shape + (1,) * (len(shape) - 2))
-        return np.broadcast_to(tokens, shape).astype(x.dtype)
-    shape = (2, _LENGTH, *x.shape[2:]) if is_sequence else (2, *x.shape[1:])
-    return rng.standard_normal(shape).astype(x.dtype)
+class _Trial:
+    """Visits the operations of a model, in order, and tries each."""
+
+    def __init__(self):
+        self._rng = np.random.default_rng(0)
+        self._done = {}  # outputs of our own layers, of which many may be alike
+
+    def visit(self, operation, *args, **kwargs):
+        """The signals that an operation gives for signals among its arguments."""
+        graph, flat = _graph(operation), tree.flatten(args)
+        named = any(x is not None for x in tree.flatten(kwargs))
+        if graph is not None and not named and len(graph.inputs) == len(flat):
+            return graph._run_through_graph(
+                flat, operation_fn=lambda inner: lambda *a, **k: self.visit(inner, *a, **k)
+            )
+        signals = [x for x in tree.flatten((args, kwargs)) if isinstance(x, Signal)]
+        if type(operation) not in (HLA, HLADecoderBlock):
+            return self._try(operation, args, kwargs, signals)
+        config = operation.get_config()
+        for name in ("name", "seed", "trainable"):
+            del config[name]
+        key = repr((type(operation), config, args, kwargs))
+        if key not in self._done:
+            self._done[key] = self._try(operation, args, kwargs, signals)
+        return self._done[key]
+
+    def _try(self, operation, args, kwargs, signals):
+        run = _function(operation, args, kwargs, self._rng)
+        length = _length(operation, signals)
+        whole, first, last = zip(*(x.draw(self._rng, length) for x in signals), strict=True)
+        try:
+            whole, _ = run(list(whole), None)
+            first, states = run(list(first), None)
+            last, _ = run(list(last), states)
+        except Exception as error:
+            # Keras puts another in its place, with all arguments of the call.
+            reason = error.__context__ if error.__suppress_context__ else error
+            raise _refusal(operation, f"which cannot read a piece: {reason}") from error
+        varies = any(x.varies for x in signals)
+        outputs = [signal_of(*x, length, varies) for x in zip(whole, first, last, strict=True)]
+        if None in outputs:
+            raise _refusal(
+                operation,
+                "whose outputs for a piece of a sequence are not those that it has in the whole",
+            )
+        return outputs
 
 
-def _same(whole, first, second, tolerance):
-    whole, first, second = (
-        np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")))
-        for x in (whole, first, second)
+def _refusal(operation, reason):
+    return ValueError(
+        "A model that streams is made of `HLA` layers, their blocks, and layers that act on "
+        f"each time step alone. Received: layer '{operation.name}', {reason}"
     )
-    has_time = [x.shape[1:2] for x in (whole, first, second)] == [(_LENGTH,), (_PIECE,), (_PIECE,)]
-    pieces = np.concatenate([first, second], axis=1) if has_time else second
-    if whole.shape != pieces.shape:
-        return False
-    return np.max(np.abs(whole - pieces), initial=0) <= tolerance * np.max(np.abs(whole), initial=0)
 
 
-def _first_that_mixes(model):
-    """The name of the first layer or operation of which the output cannot be streamed."""
-    model = ModelCall(model).model
-    for operation in model.operations:
-        if isinstance(operation, keras.Model):
-            name = _first_that_mixes(operation)
-            if name:
-                return name
-        elif not _streams(model, operation):
-            return operation.name
-    return None
+def _graph(operation):
+    """The graph of operations that an operation is, or `None`."""
+    kind = type(operation)
+    if kind.call is keras.Sequential.call and getattr(operation, "inputs", None):
+        return ModelCall(operation).model
+    functional = isinstance(operation, keras.Function)
+    return operation if functional and kind.call.__qualname__ == "Functional.call" else None
 
 
-def _streams(model, operation):
-    try:
-        output = operation.output
-    except AttributeError:  # It is called more than once, so Keras does not say which is meant.
-        return True
-    try:
-        return _try(keras.Model(model.input, output))[1]
-    except Exception:  # Whatever a layer raises for a piece, it has not given the whole's outputs.
-        return False
+def _function(operation, args, kwargs, rng):
+    """`f(tensors, states)`: the outputs and the new states, with tensors in the place of signals.
+
+    Its weights differ from those of the operation: one that is zero hides nothing then.
+    """
+    variables = [v for v in getattr(operation, "variables", []) if "float" in v.dtype]
+    values = [
+        v.value + keras.ops.cast(0.05 * np.abs(rng.standard_normal(v.shape)), v.dtype)
+        for v in variables
+    ]
+    if "training" in inspect.signature(operation.call).parameters:
+        kwargs = kwargs | {"training": False}
+
+    def run(tensors, states):
+        tensors = iter(tensors)
+        filled_args, filled_kwargs = tree.map_structure(
+            lambda x: next(tensors) if isinstance(x, Signal) else x, (args, kwargs)
+        )
+        with StateScope(states) as scope:
+            outputs = operation(*filled_args, **filled_kwargs)
+        return tree.flatten(outputs), scope.states
+
+    # JAX compiles longer than it takes for most layers, one operation after the other.
+    call = stateless(run, variables, jit=_has_states(operation))
+    return lambda tensors, states: call(values, tensors, states)
+
+
+def _parts(operation):
+    layer = isinstance(operation, keras.layers.Layer)
+    return operation._flatten_layers() if layer else [operation]
+
+
+def _has_states(operation):
+    return any(isinstance(x, HLA) for x in _parts(operation))
+
+
+def _length(operation, signals):
+    """The length of a trial: long, but for large layers; and beyond the reach of convolutions."""
+    reach = sum(
+        (np.max(x.kernel_size) - 1) * np.max(x.dilation_rate)
+        for x in _parts(operation)
+        if hasattr(x, "kernel_size") and hasattr(x, "dilation_rate")
+    )
+    elements = max((x.step_size for x in signals), default=1)
+    products = max(
+        elements, sum(int(np.prod(v.shape)) for v in getattr(operation, "variables", []))
+    )
+    longest = min(_MOST_ELEMENTS // elements, _MOST_PRODUCTS // products) // ROWS
+    fitting = [n for n in _LENGTHS[1:] if n <= longest and not _has_states(operation)]
+    return max([_LENGTHS[0], int(reach) + 1, *fitting])

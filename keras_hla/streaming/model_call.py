@@ -18,9 +18,11 @@ class ModelCall:
         if not functional:
             raise ValueError(
                 "Argument `model` must be a functional model, or a Sequential one that is built. "
-                f"Received: {model}"
+                "Another becomes one by `keras.Model(inputs, model(inputs))`, with such as "
+                f'`inputs = keras.Input((None,), dtype="int32")`. Received: {model}'
             )
-        if isinstance(model, keras.Sequential):
+        sequential = isinstance(model, keras.Sequential)
+        if sequential:
             model = keras.Model(model.inputs, model.outputs, name=model.name)
         self.model = model
         self.inputs = _named_inputs(model)
@@ -28,7 +30,7 @@ class ModelCall:
         self.output_names = list(
             model.output if isinstance(model.output, dict) else model.output_names
         )
-        self.sequences = _sequences(self.inputs)
+        self.sequences = list(self.inputs) if sequential else _sequences(self.inputs)
 
     def __call__(self, inputs, states=None, mask=None):
         """Returns the dictionary of outputs, and the scope with the states after them.

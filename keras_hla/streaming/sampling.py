@@ -1,39 +1,71 @@
 """The next token, drawn from logits."""
 
 from keras import ops
+import numpy as np
+
+_SMALLEST = 2.0**-126  # of float32: compilers take smaller numbers for zero
 
 
-def sample(logits, uniform, temperature, top_p, top_k):
+def inverse(temperature):
+    """Two numbers of float32 whose product is `1 / temperature`, which need not be one.
+
+    Logits times the first, a power of two, have finite differences where these matter.
+    """
+    first = 0.5 if temperature < 1 else 2.0**-24
+    second = 1 / max(first * temperature, _SMALLEST)
+    return np.array([first, max(second, _SMALLEST)], "float32")
+
+
+def sample(logits, uniform, inverse, top_p, top_k):
     """One token per row, as a function of logits and one random number per row.
 
         p = softmax(logits / temperature),   token = the first with Σ_{i ≤ token} p_i > uniform
 
+    Logits of +∞ share the whole probability, whatever the others are.
+
     Args:
         logits: tensor of shape `(batch, vocabulary)`.
         uniform: tensor of shape `(batch,)`, in [0, 1).
-        temperature: positive scalar tensor.
+        inverse: tensor of shape `(2,)`, that of the temperature.
         top_p: scalar tensor in (0, 1]: only the likeliest tokens that together reach it.
         top_k: number of the likeliest tokens to draw from; 1 is greedy, `None` is all, in the
             order of the vocabulary, where `top_p` is not looked at.
 
     Returns:
-        int32 tensor of shape `(batch,)`.
+        int32 tensor of shape `(batch,)`: -1 where a logit is NaN or all of them are -∞.
     """
+    largest = ops.max(logits, axis=-1, keepdims=True)
+    none = ops.any(ops.isnan(logits), axis=-1) | (largest[:, 0] == -np.inf)
     if top_k == 1:
-        return ops.cast(ops.argmax(logits, axis=-1), "int32")
-    logits = ops.cast(logits, "float32")
-    tokens = None
-    if top_k is not None:
+        token = ops.argmax(logits, axis=-1)
+    elif top_k is None:
+        token = _draw(_weights(logits, largest, inverse), uniform)
+    else:
         logits, tokens = ops.top_k(logits, top_k)
-    weights = ops.softmax(logits / temperature)
-    if top_k is not None:
-        before = ops.cumsum(weights, axis=-1) - weights
-        weights = ops.where(before < top_p, weights, 0.0)
+        weights = _likeliest(_weights(logits, largest, inverse), top_p)
+        place = _draw(weights, uniform)[:, None]
+        token = ops.take_along_axis(tokens, place, axis=-1)[:, 0]
+    return ops.where(none, -1, ops.cast(token, "int32"))
+
+
+def _weights(logits, largest, inverse):
+    """`exp((logits - largest) / temperature)`: the probabilities, but for their sum."""
+    first, second = inverse[0], inverse[1]
+    difference = ops.where(logits == largest, 0.0, logits * first - largest * first)
+    return ops.exp(difference * second)
+
+
+def _likeliest(weights, top_p):
+    """The weights, in falling order, but 0 for those not needed to reach the share `top_p`."""
     sums = ops.cumsum(weights, axis=-1)
-    index = ops.sum(ops.cast(sums <= uniform[:, None] * sums[:, -1:], "int32"), axis=-1)
-    # By rounding, the last sum may not exceed a number close to 1.
-    last = ops.shape(logits)[-1] - 1 - ops.argmax(ops.flip(weights, axis=-1) > 0, axis=-1)
-    index = ops.minimum(index, ops.cast(last, "int32"))
-    if tokens is None:
-        return ops.cast(index, "int32")
-    return ops.cast(ops.take_along_axis(tokens, index[:, None], axis=-1)[:, 0], "int32")
+    before = ops.pad(sums[:, :-1], ((0, 0), (1, 0)))
+    return ops.where(before < ops.maximum(top_p, _SMALLEST) * sums[:, -1:], weights, 0.0)
+
+
+def _draw(weights, uniform):
+    """For each row the first index at which the sum of the weights exceeds `uniform`'s share."""
+    sums, possible = ops.cumsum(weights, axis=-1), weights > 0
+    reached = possible & (sums > uniform[:, None] * sums[:, -1:])
+    # By rounding, none may reach a share close to 1.
+    last = ops.shape(weights)[-1] - 1 - ops.argmax(ops.flip(possible, axis=-1), axis=-1)
+    return ops.where(ops.any(reached, axis=-1), ops.argmax(reached, axis=-1), last)

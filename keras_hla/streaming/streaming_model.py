@@ -8,12 +8,15 @@ from keras import ops
 from keras_hla.checks import check_shape
 from keras_hla.streaming.check import check_streams
 from keras_hla.streaming.model_call import ModelCall
+from keras_hla.streaming.snapshot import Snapshot
 from keras_hla.streaming.streamed_model import StreamedModel
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
 class StreamingModel(keras.Model):
     """A functional model with states among its inputs and outputs: see `streaming_model`."""
+
+    _snapshot = None  # of what `predict` has compiled
 
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(self._checked(inputs), *args, **kwargs)
@@ -34,6 +37,16 @@ class StreamingModel(keras.Model):
         for name, x in inputs.items():
             check_shape(f"inputs['{name}']", x, expected[name].shape)
         return inputs
+
+    def make_predict_function(self, force=False):
+        """As Keras' own, but anew where layers have other variables, as after `enable_lora`."""
+        changed = self._snapshot is None or not self._snapshot.shows(self)
+        if changed:
+            self._snapshot = Snapshot(self)
+        return super().make_predict_function(force=force or changed)
+
+    def _track_variables(self):
+        """Keeps no list under PyTorch, or weights that the model replaces would stay in memory."""
 
     def step(self, inputs):
         """Calls without checks, for what is traced: pieces of any length, with `"mask"` or without.
@@ -104,7 +117,7 @@ def streaming_model(model, masked=False):
     >>> states = {name: outputs[name] for name in stream.state_names}  # for the next piece
     """
     call = ModelCall(model)
-    layers = check_streams(model)
+    layers, carries = check_streams(model)
     if not layers:
         raise ValueError(
             f"Argument `model` must have an `HLA` layer, or a block of it. Received: {model}"
@@ -115,7 +128,7 @@ def streaming_model(model, masked=False):
         inputs[name] = keras.Input(shape, dtype=x.dtype, name=name)
     if masked:
         inputs["mask"] = keras.Input((None,), dtype="bool", name="mask")
-    names, states = _state_inputs(layers)
+    names, states = _state_inputs(layers, carries)
     for name in call.output_names:
         if name in inputs or name in states:
             raise ValueError(f"An output must not have the name of an input or a state: '{name}'")
@@ -124,15 +137,18 @@ def streaming_model(model, masked=False):
     return StreamingModel(inputs, outputs, name=f"{model.name}_stream")
 
 
-def _state_inputs(layers):
+def _state_inputs(layers, carries):
     """For each call of a layer the names of its states; and an input for each state."""
     names: list[list[str]] = []
     inputs: dict[str, keras.KerasTensor] = {}
-    for layer in layers:
+    for layer, carries_output in zip(layers, carries, strict=True):
         cell = layer.cell
         prefix = _unique(re.sub(r"\W", "_", layer.path), inputs, cell.state_names[0])
-        names.append([f"{prefix}_{state}" for state in cell.state_names])
-        for name, size in zip(names[-1], cell.state_size, strict=True):
+        states = dict(zip(cell.state_names, cell.state_size, strict=True))
+        if carries_output:
+            states["output"] = (cell.output_size,)
+        names.append([f"{prefix}_{state}" for state in states])
+        for name, size in zip(names[-1], states.values(), strict=True):
             inputs[name] = keras.Input(size, dtype=cell.state_dtype, name=name)
     return names, inputs
 

@@ -1,0 +1,34 @@
+"""What a compiled model depends on, but for the values of its variables."""
+
+import weakref
+
+
+class Snapshot:
+    """The layers of a model, their dtype policies and their variables, as they are now.
+
+    Weights that a layer has replaced are not kept in memory.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model):
+        self._references = [weakref.ref(x) for x in _parts(model)]
+        self._policies = _policies(model)
+
+    def shows(self, model):
+        """Whether the model still has the same parts: values of variables may be others."""
+        parts = _parts(model)
+        return (
+            len(parts) == len(self._references)
+            and all(x is reference() for x, reference in zip(parts, self._references, strict=True))
+            and _policies(model) == self._policies
+        )
+
+
+def _parts(model):
+    return [*model._flatten_layers(), *model.variables]
+
+
+def _policies(model):
+    return [layer.dtype_policy.name for layer in model._flatten_layers()]

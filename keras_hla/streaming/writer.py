@@ -1,0 +1,163 @@
+"""What continues sequences: the prompt in parallel, then token by token from the states."""
+
+import keras
+from keras import ops
+import numpy as np
+
+from keras_hla.backend import compiled, compiled_scan
+from keras_hla.checks import check_shape
+from keras_hla.streaming.model_call import ModelCall
+from keras_hla.streaming.sampling import sample
+from keras_hla.streaming.snapshot import Snapshot
+from keras_hla.streaming.streaming_model import streaming_model
+
+# A prompt is read in pieces whose lengths are powers of two up to this: few to compile, and a
+# bound on memory.
+_LONGEST_PIECE = 1024
+
+
+def writer_of(model):
+    """The writer of a model as it is now, which is kept for what it has compiled."""
+    if callable(getattr(model, "generate", None)):
+        raise ValueError(
+            "Argument `model` must not have a method `generate`: call that, `model.generate(...)`. "
+            f"Received: {model}"
+        )
+    writer = getattr(model, "_keras_hla_writer", None)
+    if writer is None or not writer.snapshot.shows(model):
+        writer = Writer(model)
+        vars(model)["_keras_hla_writer"] = writer  # not by `setattr`, or Keras would track it
+    return writer
+
+
+def write(model, prompts, inputs, max_new_tokens, options, stop_tokens, seed, tokens_per_call):
+    """Yields lists of the new tokens of each prompt."""
+    top_k, *numbers = options
+    generators = np.random.default_rng(seed).spawn(len(prompts))
+    state = writer_of(model).read(prompts, inputs)
+    live = np.ones(len(prompts), bool)
+    for begin in range(0, max_new_tokens, tokens_per_call):
+        uniform = np.stack([g.random(tokens_per_call, "float32") for g in generators])
+        entries = (uniform.T, *(np.array([x] * tokens_per_call, "float32") for x in numbers))
+        # The model may change from piece to piece.
+        tokens, state = writer_of(model).draw(state, entries, top_k)
+        piece = []
+        for row, drawn in enumerate(tokens.T[:, : max_new_tokens - begin]):
+            ends = np.flatnonzero(np.isin(drawn, stop_tokens))
+            count = ends[0] + 1 if ends.size else len(drawn)
+            piece.append(drawn[: count if live[row] else 0])
+            live[row] &= not ends.size
+        if np.any(np.concatenate(piece) < 0):
+            raise ValueError("The model gave logits that hold NaN, or are all minus infinity.")
+        yield piece
+        if not live.any():
+            return
+
+
+class Writer:
+    """The compiled functions that continue sequences with a model, as long as it has these parts.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model):
+        call = ModelCall(model)
+        self.snapshot = Snapshot(model)
+        self._tokens_name = _find_tokens(call)
+        self._tokens_dtype = call.inputs[self._tokens_name].dtype
+        self._logits_name = call.output_names[0]
+        self.vocabulary_size = call.model.outputs[0].shape[-1]
+        self._constants = {n: x for n, x in call.inputs.items() if n not in call.sequences}
+        self._stream = streaming_model(model)
+        # What a step takes from the one before, beside the logits.
+        self._names = [*self._stream.state_names, *self._constants]
+        self._read = compiled(self._read_piece, self._stream.variables)
+        self._loops = {}  # compiled, by `top_k` and batch size
+
+    def check_inputs(self, inputs, count):
+        """The further inputs as tensors of the batch.
+
+        Args:
+            inputs: dictionary of arrays, or `None`.
+            count: number of prompts, or `None` for a single one, whose inputs have no batch axis.
+        """
+        inputs = {} if inputs is None else inputs
+        if not isinstance(inputs, dict) or set(inputs) != set(self._constants):
+            received = sorted(inputs) if isinstance(inputs, dict) else inputs
+            raise ValueError(
+                "Argument `inputs` must be a dictionary of the inputs of the model that are not "
+                f"sequences, {sorted(self._constants)}. Received: {received}"
+            )
+        batch = {}
+        for name, expected in self._constants.items():
+            x = ops.convert_to_tensor(inputs[name], expected.dtype)
+            single = count is None
+            check_shape(f"inputs['{name}']", x, (*[count][single:], *expected.shape[1:]))
+            batch[name] = x[None] if single else x
+        return batch
+
+    def read(self, prompts, inputs):
+        """The tuple of the logits after the prompts, `(batch, vocabulary)`, and what goes on."""
+        longest = max(x.size for x in prompts)
+        size = min(_LONGEST_PIECE, 1 << (longest - 1).bit_length())
+        length = -(-longest // size) * size
+        tokens = np.zeros((len(prompts), length), "int32")
+        mask = np.zeros(tokens.shape, bool)
+        for row, prompt in enumerate(prompts):  # at the end, so that all have it at one place
+            tokens[row, length - prompt.size :] = prompt
+            mask[row, length - prompt.size :] = True
+        states = self._stream.initial_state(len(prompts)) | inputs
+        for begin in range(0, length, size):
+            piece = (ops.convert_to_tensor(x[:, begin : begin + size]) for x in (tokens, mask))
+            logits, states = self._read(*piece, states)
+        return logits, *(states[name] for name in self._names)
+
+    def draw(self, state, entries, top_k):
+        """The next tokens, an array `(entries, batch)`, and the state after them.
+
+        Args:
+            state: as `read` returns it.
+            entries: tuple of arrays, for each token the last arguments of `sample` but `top_k`.
+            top_k: as in `sample`.
+        """
+        key = (top_k, state[0].shape[0])
+        if key not in self._loops:
+            step = self._step(top_k)
+            self._loops[key] = compiled_scan(step, self._stream.variables, "int32")
+        tokens, state = self._loops[key](state, tuple(map(ops.convert_to_tensor, entries)))
+        return ops.convert_to_numpy(tokens), state
+
+    def _step(self, top_k):
+        def step(state, entries):
+            logits, *values = state
+            uniform, inverse, top_p = entries
+            token = sample(logits, uniform, inverse, top_p, top_k)
+            states = dict(zip(self._names, values, strict=True))
+            logits, states = self._read_piece(ops.maximum(token, 0)[:, None], None, states)
+            return token, (logits, *(states[name] for name in self._names))
+
+        return step
+
+    def _read_piece(self, tokens, mask, states):
+        tokens = ops.cast(tokens, self._tokens_dtype)
+        outputs = self._stream.step({self._tokens_name: tokens, "mask": mask} | states)
+        logits = outputs.pop(self._logits_name)[:, -1]
+        dtype = keras.backend.result_type(logits.dtype, "float32")
+        return ops.cast(logits, dtype), states | outputs
+
+
+def _find_tokens(call):
+    """The name of the input of tokens."""
+    sequences = [call.inputs[name] for name in call.sequences]
+    outputs = call.model.outputs
+    # A Sequential model that is built from a shape has an input of floats.
+    valid = all("int" in x.dtype or x.dtype in ("float32", "float64") for x in sequences)
+    if not valid or [len(x.shape) for x in (*sequences, *outputs)] != [2, 3]:
+        received = {name: (x.shape, x.dtype) for name, x in call.inputs.items()}
+        raise ValueError(
+            "Argument `model` must have one input that is a sequence, integer tokens (batch, "
+            "length), and one output, logits (batch, length, vocabulary). Received: inputs "
+            f"{received}, outputs {[x.shape for x in outputs]}"
+        )
+    return call.sequences[0]
