@@ -43,8 +43,8 @@ class HLA(keras.layers.Layer):
         go_backwards: Whether the sequence is read from its end. Outputs come in
             the order of reading, that is reversed, as in `keras.layers.GRU`.
         stateful: Whether each batch starts from the state in which the one
-            before ended. It needs a fixed batch size. The state is kept in
-            non-trainable variables.
+            before ended. It needs a fixed batch size. The states are `variables`,
+            not `weights`: no file holds them, and they pass between no models.
         zero_output_for_mask: Whether the output of a token that does not count
             is zero. By default it is the output before it, as in
             `keras.layers.GRU`.
@@ -143,7 +143,7 @@ class HLA(keras.layers.Layer):
         self.chunk_size = chunk_size
         self.remat_length = remat_length
         self.implementation = implementation
-        self.states: list = []  # the variables of a stateful layer
+        self.__dict__["states"] = []  # the variables of a stateful layer
         self.supports_masking = True
         if not causal:
             self._check_noncausal()
@@ -157,17 +157,28 @@ class HLA(keras.layers.Layer):
                     "`stateful=True` needs a fixed batch size, as in `Input(batch_shape=...)`. "
                     f"Received: inputs of shape {tuple(sequences_shape)}"
                 )
-            self.states = [
-                self.add_weight(
+            # Not as an attribute, which Keras would track as a weight.
+            self.__dict__["states"] = [
+                keras.Variable(
+                    "zeros",
                     name=f"state_{name}",
                     shape=(batch, *size),
-                    initializer="zeros",
                     dtype=self.cell.state_dtype,
                     trainable=False,
                     autocast=False,
                 )
                 for name, size in zip(self.cell.state_names, self.cell.state_size, strict=True)
             ]
+
+    @property
+    def variables(self):
+        """The weights, the seeds of the dropout, and the states of a stateful layer."""
+        return [*super().variables, *self.states]
+
+    def load_own_variables(self, store):
+        # The layer has no weights but the cell's. Files of former versions hold the states here.
+        if self._trainable_variables or self._non_trainable_variables:
+            super().load_own_variables(store)
 
     def get_initial_state(self, batch_size):
         """Returns the list of states before the first token."""
