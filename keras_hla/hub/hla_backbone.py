@@ -5,6 +5,7 @@ from keras_hub.models import Backbone
 
 from keras_hla.checks import check_positive_int
 from keras_hla.layers import HLADecoderBlock
+from keras_hla.layers.quantized import layer_options, policy_with_quantized
 
 # Arguments of the blocks that generation leaves no choice of.
 _FIXED = {"return_state": True, "stateful": False, "causal": True}
@@ -95,8 +96,8 @@ class HLABackbone(Backbone):
             vocabulary_size,
             hidden_dim,
             tie_weights=tie_word_embeddings,
-            dtype=dtype,
             name="token_embedding",
+            **layer_options(keras.dtype_policies.get(dtype), "token_embedding"),
         )
         self.decoder_blocks = [
             HLADecoderBlock(
@@ -165,7 +166,9 @@ class HLABackbone(Backbone):
             del block[argument]
         return {
             **block,
-            **super().get_config(),
+            "name": self.name,
+            "trainable": self.trainable,
+            "dtype": keras.dtype_policies.serialize(policy_with_quantized(self)),
             "vocabulary_size": self.vocabulary_size,
             "num_layers": self.num_layers,
             "hidden_dim": self.hidden_dim,

@@ -6,6 +6,8 @@ import keras
 from keras import ops
 import numpy as np
 
+from keras_hla.layers.composite import CompositeLayer
+
 _NAMES = ("multiscale", "learned", "input")
 # Logits of trained decays start here, spread over the heads: decays from 0.88 to 0.998.
 _FIRST_LOGIT, _LAST_LOGIT = 2.0, 6.0
@@ -13,7 +15,7 @@ _FIRST_LOGIT, _LAST_LOGIT = 2.0, 6.0
 _SHORTEST, _LONGEST = 32, 512
 
 
-class LogDecay(keras.layers.Layer):
+class LogDecay(CompositeLayer):
     """Computes `log a_t` per head from the layer's inputs `(..., features)`.
 
     Args:
@@ -22,7 +24,7 @@ class LogDecay(keras.layers.Layer):
     """
 
     def __init__(self, decay, num_heads, **kwargs):
-        super().__init__(autocast=False, **kwargs)
+        super().__init__(**kwargs)
         self.decay = decay
         self.num_heads = num_heads
 
@@ -38,8 +40,8 @@ class LogDecay(keras.layers.Layer):
                 self.num_heads,
                 kernel_initializer="zeros",
                 bias_initializer=start,
-                dtype=self.dtype_policy,
                 name="logit",
+                **self.options_of("logit"),
             )
             self.logit_dense.build(input_shape)
 

@@ -12,6 +12,7 @@ from keras_hla.checks import (
     check_segment_ids,
     check_states,
 )
+from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.hla_cell import HLACell
 from keras_hla.layers.pieces import scan_in_pieces
 from keras_hla.layers.state_scope import current_state_scope
@@ -21,7 +22,7 @@ from keras_hla.ops.attention import check_noncausal, check_segments_allowed
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
-class HLA(keras.layers.Layer):
+class HLA(CompositeLayer):
     """Higher-order linear attention over a sequence, causal, in linear time.
 
     `HLA` is to `HLACell` what `keras.layers.GRU` is to `keras.layers.GRUCell`.
@@ -126,8 +127,7 @@ class HLA(keras.layers.Layer):
         dtype=None,
         **kwargs,
     ):
-        # Without autocasting, states stay float32; the cell's projections cast for themselves.
-        super().__init__(name=name, trainable=trainable, dtype=dtype, autocast=False)
+        super().__init__(name=name, trainable=trainable, dtype=dtype)
         check_positive_int("chunk_size", chunk_size, optional=True)
         check_positive_int("remat_length", remat_length, optional=True)
         check_choice("implementation", implementation, kernels.IMPLEMENTATIONS)

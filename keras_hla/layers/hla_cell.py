@@ -6,8 +6,10 @@ import numpy as np
 
 from keras_hla import operators
 from keras_hla.checks import check_head_groups, check_number, check_positive_int
+from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
+from keras_hla.layers.quantized import with_default
 from keras_hla.layers.rotary import rotate, rotation
 from keras_hla.layers.short_convolution import ShortConvolution
 from keras_hla.layout import count_tokens
@@ -16,7 +18,7 @@ from keras_hla.ops.inputs import forget_at, state_dtype
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
-class HLACell(keras.layers.Layer):
+class HLACell(CompositeLayer):
     """Cell of the `HLA` layer: takes in one token at a constant cost.
 
     With the rows of the projections as `q_t, k_t, v_t` per head, rotated by the
@@ -140,8 +142,7 @@ class HLACell(keras.layers.Layer):
         seed=None,
         **kwargs,
     ):
-        # Without autocasting, states stay float32; the projections cast for themselves.
-        super().__init__(autocast=False, **kwargs)
+        super().__init__(**kwargs)
         check_positive_int("num_heads", num_heads)
         check_positive_int("key_dim", key_dim)
         check_positive_int("value_dim", value_dim, optional=True)
@@ -216,9 +217,8 @@ class HLACell(keras.layers.Layer):
             )
             self.conv.build((*input_shape[:-1], sum(self._projected_sizes)))
         if self.decay is not None:
-            self.log_decay = LogDecay(
-                self.decay, self.num_heads, dtype=self.state_dtype, name="decay"
-            )
+            policy = with_default(self.dtype_policy, self.state_dtype)
+            self.log_decay = LogDecay(self.decay, self.num_heads, dtype=policy, name="decay")
             self.log_decay.build(input_shape)
         if self.qk_norm:
             self.query_norm = self._norm("query_norm", self.key_dim)
@@ -355,8 +355,14 @@ class HLACell(keras.layers.Layer):
         norm.build((None, dim))
         return norm
 
-    def make_dense(self, units, name):
-        """A `Dense` layer with the bias, initializers, regularizers and constraints of this one."""
+    def make_dense(self, units, name, owner=None):
+        """A `Dense` layer with the bias, initializers, regularizers and constraints of this one.
+
+        Args:
+            units: Number of features.
+            name: Name of the layer.
+            owner: The `CompositeLayer` that it is in, if not the cell.
+        """
         # Every projection needs an initializer of its own, or all would start with equal weights.
         return keras.layers.Dense(
             units,
@@ -367,8 +373,8 @@ class HLACell(keras.layers.Layer):
             bias_regularizer=self.bias_regularizer,
             kernel_constraint=self.kernel_constraint,
             bias_constraint=self.bias_constraint,
-            dtype=self.dtype_policy,
             name=name,
+            **(owner or self).options_of(name),
         )
 
     def compute_output_shape(self, input_shape, states_shape=None):
