@@ -31,7 +31,7 @@ LAYERS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_garbage():
-    """Keras collects garbage for each weight that it quantizes, which takes long if much is alive."""
+    """Keras collects garbage for each weight that it quantizes: long where much is alive."""
     gc.freeze()
     yield
     gc.unfreeze()
