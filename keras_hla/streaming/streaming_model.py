@@ -76,8 +76,9 @@ def streaming_model(model, masked=False):
 
     Returns:
         A `keras.Model` from a dictionary of inputs and states to one of outputs
-        and states. An input is named like its `keras.Input` (`"inputs"` if it is
-        the only one and has no name), an output like the layer that it comes
+        and states. An input is named like its `keras.Input` (without a name,
+        `"inputs"` if it is the only one, else `"inputs_1"`, `"inputs_2"`, ... after
+        its place), an output like the layer that it comes
         from, or as `model` names them where they are dictionaries. States are
         named after layer and state, as in `"hla_S"`; the same name is the state
         before the piece in the inputs and after it in the outputs.
@@ -115,7 +116,7 @@ def streaming_model(model, masked=False):
         inputs[name] = keras.Input(shape, dtype=x.dtype, name=name)
     if masked:
         inputs["mask"] = keras.Input((None,), dtype="bool", name="mask")
-    names, states = _state_inputs(layers)
+    names, states = _state_inputs(layers, model)
     for name in call.output_names:
         if name in inputs or name in states:
             raise ValueError(f"An output must not have the name of an input or a state: '{name}'")
@@ -124,13 +125,23 @@ def streaming_model(model, masked=False):
     return StreamingModel(inputs, outputs, name=f"{model.name}_stream")
 
 
-def _state_inputs(layers):
+def _path(layer, model):
+    """The path of a layer, as it is in a new model: loaded ones lack their Sequential models."""
+    path = layer.path.split("/")
+    for inside in reversed(list(model._flatten_layers())):
+        lacks = isinstance(inside, keras.Sequential) and inside.name not in path
+        if lacks and layer in inside._flatten_layers():
+            path.insert(0, inside.name)
+    return "_".join(path)
+
+
+def _state_inputs(layers, model):
     """For each call of a layer the names of its states; and an input for each state."""
     names: list[list[str]] = []
     inputs: dict[str, keras.KerasTensor] = {}
     for layer in layers:
         cell = layer.cell
-        prefix = _unique(re.sub(r"\W", "_", layer.path), inputs, cell.state_names[0])
+        prefix = _unique(re.sub(r"\W", "_", _path(layer, model)), inputs, cell.state_names[0])
         names.append([f"{prefix}_{state}" for state in cell.state_names])
         for name, size in zip(names[-1], cell.state_size, strict=True):
             inputs[name] = keras.Input(size, dtype=cell.state_dtype, name=name)
