@@ -2,6 +2,9 @@
 
 import keras
 from keras import ops
+
+# Not public, but cells of this class alone may draw random numbers before the loop of an RNN.
+from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 import numpy as np
 
 from keras_hla import operators
@@ -18,7 +21,7 @@ from keras_hla.ops.inputs import forget_at, state_dtype
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
-class HLACell(CompositeLayer):
+class HLACell(CompositeLayer, DropoutRNNCell):
     """Cell of the `HLA` layer: takes in one token at a constant cost.
 
     With the rows of the projections as `q_t, k_t, v_t` per head, rotated by the
@@ -71,7 +74,9 @@ class HLACell(CompositeLayer):
         output_gate: Activation of a gate that is computed from the inputs and
             multiplies the heads' outputs, after their norm: `"silu"`, or another
             name or callable. `None` is no gate.
-        dropout: Share in [0, 1) of the outputs that are dropped in training.
+        dropout: Share in [0, 1) of the outputs that are dropped in training. In
+            `keras.layers.RNN` they are the same features at all tokens of a
+            sequence, as with `keras.layers.GRUCell`; `HLA` draws for each token.
         output_shape: Number of features of the output. `None` is that of the input.
         use_bias: Whether the projections have a bias.
         kernel_initializer: Initializer of the projections' kernels.
@@ -188,6 +193,7 @@ class HLACell(CompositeLayer):
         self.output_norm = output_norm
         self.output_gate = get_activation("output_gate", output_gate)
         self.dropout = dropout
+        self._dropout_mask = None
         self.seed = seed
         self._output_shape = output_shape
         self.use_bias = use_bias
@@ -284,7 +290,11 @@ class HLACell(CompositeLayer):
             normalize=self.normalize,
             epsilon=self.epsilon,
         )
-        output = self.drop(self.finish(output, inputs), training)
+        output = self.finish(output, inputs)
+        if training and self._dropout_mask is not None:
+            output = output * self._dropout_mask
+        else:
+            output = self.drop(output, training)
         return output, [*memory, *context.values()]
 
     def split_states(self, states):
@@ -345,6 +355,17 @@ class HLACell(CompositeLayer):
         if self.output_gate is not None:
             output = output * self.output_gate(self.gate_dense(inputs))
         return self.output_dense(output)
+
+    def get_dropout_mask(self, step_input):
+        """Draws the factors of a sequence's outputs, for all steps; `RNN` calls it before them."""
+        if self.dropout:
+            ones = ops.ones((ops.shape(step_input)[0], self.output_size), self.compute_dtype)
+            self._dropout_mask = self.dropout_layer(ones, training=True)
+        return self._dropout_mask
+
+    def get_recurrent_dropout_mask(self, step_input):
+        """Returns `None`: states are not dropped."""
+        return None
 
     def drop(self, output, training):
         """Dropout, in training. It is apart because no part of a loop may draw random numbers."""
