@@ -79,8 +79,42 @@ def test_cell_trains_in_an_rnn():
     )
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_cell_with_dropout_trains_in_an_rnn(x, stacked):
+    """The outputs of a sequence lose the same features at all tokens, as with Keras' cells."""
+    cells = [layers.HLACell(**SIZES, dropout=0.5, seed=n) for n in range(1 + stacked)]
+    rnn = keras.layers.RNN(cells if stacked else cells[0], return_sequences=True)
+    sequences = keras.Input((12, 8))
+    model = keras.Model(sequences, rnn(sequences))
+    model.compile("sgd", "mse")
+    seeds = [to_numpy(cell.dropout_layer.seed_generator.state) for cell in cells]
+    model.fit(x, x, verbose=0)
+    for cell, seed in zip(cells, seeds, strict=True):
+        assert np.any(to_numpy(cell.dropout_layer.seed_generator.state) != seed)
+    if stacked:
+        return
+    exact = to_numpy(rnn(x))
+    first, second = (to_numpy(rnn(x, training=True)) for _ in range(2))
+    for dropped in (first, second):
+        kept = dropped[:, :1] != 0
+        assert 0.2 < np.mean(kept) < 0.8
+        assert relative_error(dropped, 2 * exact * kept) <= 1e-5
+    assert np.any(first != second)
+    token, _ = cells[0](x[:, 0], cells[0].get_initial_state(4), training=True)
+    assert relative_error(token, exact[:, 0]) > 0.1  # alone, a mask of its own
+
+
+class Case(TestCase):
+    """Keras' own, which counts weights and seeds; the states of a layer are variables, too."""
+
+    def assertLen(self, container, expected_len, msg=None):  # noqa: N802
+        if msg == "Unexpected number of torch_params":
+            container = [path for path in container if "/state_" not in path]
+        super().assertLen(container, expected_len, msg=msg)
+
+
 def run_layer_test(layer, options, **expected):
-    case = TestCase()
+    case = Case()
     case.setUp()
     case.run_layer_test(layer, options, **expected)
 

@@ -7,6 +7,7 @@ from keras_hla.checks import check_positive_int
 from keras_hla.layers import HLA, HLACell, HLADecoderBlock
 from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.float64 import make_rms_norm
+from keras_hla.layers.quantized import layer_options, policy_with_quantized
 
 # Arguments of the blocks that generation leaves no choice of.
 _FIXED = {"return_state": True, "stateful": False, "causal": True}
@@ -102,8 +103,8 @@ class HLABackbone(Backbone):
             int(vocabulary_size),  # which may be NumPy's
             int(hidden_dim),
             tie_weights=tie_word_embeddings,
-            dtype=dtype,
             name="token_embedding",
+            **layer_options(keras.dtype_policies.get(dtype), "token_embedding"),
         )
         self.decoder_blocks = [
             HLADecoderBlock(
@@ -171,9 +172,12 @@ class HLABackbone(Backbone):
         for argument in _FIXED:
             del block[argument]
         config = {
+            "name": self.name,
+            "trainable": self.trainable,
+            "dtype": keras.dtype_policies.serialize(policy_with_quantized(self)),
             "vocabulary_size": self.vocabulary_size,
             "num_layers": self.num_layers,
             "hidden_dim": self.hidden_dim,
             "tie_word_embeddings": self.tie_word_embeddings,
         }
-        return {**block, **super().get_config(), **plain(config)}
+        return {**block, **plain(config)}

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 import numpy as np
 
+from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.float64 import make_dense
 
 _NAMES = ("multiscale", "learned", "input")
@@ -15,7 +16,7 @@ _FIRST_LOGIT, _LAST_LOGIT = 2.0, 6.0
 _SHORTEST, _LONGEST = 32, 512
 
 
-class LogDecay(keras.layers.Layer):
+class LogDecay(CompositeLayer):
     """Computes `log a_t` per head from the layer's inputs `(..., features)`.
 
     Args:
@@ -24,7 +25,7 @@ class LogDecay(keras.layers.Layer):
     """
 
     def __init__(self, decay, num_heads, **kwargs):
-        super().__init__(autocast=False, **kwargs)
+        super().__init__(**kwargs)
         self.decay = decay
         self.num_heads = num_heads
 
@@ -38,10 +39,10 @@ class LogDecay(keras.layers.Layer):
         elif self.decay == "input":
             self.logit_dense = make_dense(
                 self.num_heads,
-                self.dtype_policy,
                 kernel_initializer="zeros",
                 bias_initializer=start,
                 name="logit",
+                **self.options_of("logit"),
             )
             self.logit_dense.build(input_shape)
 

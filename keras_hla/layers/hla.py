@@ -15,6 +15,7 @@ from keras_hla.checks import (
     check_states,
 )
 from keras_hla.layers.arguments import plain, split_arguments
+from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.hla_cell import HLACell
 from keras_hla.layers.pieces import scan_in_pieces
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
@@ -25,7 +26,7 @@ from keras_hla.ops.attention import check_noncausal, check_segments_allowed
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
-class HLA(keras.layers.Layer):
+class HLA(CompositeLayer):
     """Higher-order linear attention over a sequence, causal, in linear time.
 
     `HLA` is to `HLACell` what `keras.layers.GRU` is to `keras.layers.GRUCell`.
@@ -48,8 +49,8 @@ class HLA(keras.layers.Layer):
             the order of reading, that is reversed, as in `keras.layers.GRU`; and
             so does the mask for the layers after it.
         stateful: Whether each batch starts from the state in which the one
-            before ended. It needs a fixed batch size. The state is kept in
-            non-trainable variables.
+            before ended. It needs a fixed batch size. The states are `variables`,
+            not `weights`: no file holds them, and they pass between no models.
         zero_output_for_mask: Whether the output of a token that does not count
             is zero. By default it is the output before it, as in
             `keras.layers.GRU`.
@@ -136,9 +137,8 @@ class HLA(keras.layers.Layer):
         dtype=None,
         **kwargs,
     ):
-        # Without autocasting, states stay float32; the cell's projections cast for themselves.
         kwargs, others = split_arguments(kwargs, HLACell)
-        super().__init__(name=name, trainable=trainable, dtype=dtype, autocast=False, **others)
+        super().__init__(name=name, trainable=trainable, dtype=dtype, **others)
         check_positive_int("chunk_size", chunk_size, optional=True)
         check_positive_int("remat_length", remat_length, optional=True)
         check_choice("implementation", implementation, kernels.IMPLEMENTATIONS)
@@ -154,7 +154,7 @@ class HLA(keras.layers.Layer):
         self.chunk_size = chunk_size
         self.remat_length = remat_length
         self.implementation = implementation
-        self.states: list = []  # the variables of a stateful layer
+        self.__dict__["states"] = []  # the variables of a stateful layer
         self.supports_masking = True
         if not causal:
             self._check_noncausal()
@@ -169,17 +169,28 @@ class HLA(keras.layers.Layer):
                     "`stateful=True` needs a fixed batch size, as in `Input(batch_shape=...)`. "
                     f"Received: inputs of shape {tuple(sequences_shape)}"
                 )
-            self.states = [
-                self.add_weight(
+            # Not as an attribute, which Keras would track as a weight.
+            self.__dict__["states"] = [
+                keras.Variable(
+                    "zeros",
                     name=f"state_{name}",
                     shape=(batch, *size),
-                    initializer="zeros",
                     dtype=self.cell.state_dtype,
                     trainable=False,
                     autocast=False,
                 )
                 for name, size in zip(self.cell.state_names, self.cell.state_size, strict=True)
             ]
+
+    @property
+    def variables(self):
+        """The weights, the seeds of the dropout, and the states of a stateful layer."""
+        return [*super().variables, *self.states]
+
+    def load_own_variables(self, store):
+        # The layer has no weights but the cell's. Files of former versions hold the states here.
+        if self._trainable_variables or self._non_trainable_variables:
+            super().load_own_variables(store)
 
     def get_initial_state(self, batch_size):
         """Returns the list of states before the first token."""

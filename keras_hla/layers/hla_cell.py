@@ -2,6 +2,9 @@
 
 import keras
 from keras import ops
+
+# Not public, but cells of this class alone may draw random numbers before the loop of an RNN.
+from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 import numpy as np
 
 from keras_hla import operators
@@ -12,9 +15,11 @@ from keras_hla.checks import (
     check_positive_int,
 )
 from keras_hla.layers.arguments import plain, plain_number
+from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.float64 import make_dense, make_rms_norm
+from keras_hla.layers.quantized import with_default
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 from keras_hla.layers.rotary import join_position, rotate, rotation, split_position
 from keras_hla.layers.short_convolution import ShortConvolution
@@ -24,7 +29,7 @@ from keras_hla.ops.inputs import forget_at, state_dtype
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
-class HLACell(keras.layers.Layer):
+class HLACell(CompositeLayer, DropoutRNNCell):
     """Cell of the `HLA` layer: takes in one token at a constant cost.
 
     With the rows of the projections as `q_t, k_t, v_t` per head, rotated by the
@@ -77,7 +82,9 @@ class HLACell(keras.layers.Layer):
         output_gate: Activation of a gate that is computed from the inputs and
             multiplies the heads' outputs, after their norm: `"silu"`, or another
             name or callable. `None` is no gate.
-        dropout: Share in [0, 1) of the outputs that are dropped in training.
+        dropout: Share in [0, 1) of the outputs that are dropped in training. In
+            `keras.layers.RNN` they are the same features at all tokens of a
+            sequence, as with `keras.layers.GRUCell`; `HLA` draws for each token.
         output_shape: Number of features of the output. `None` is that of the input.
         use_bias: Whether the projections have a bias.
         kernel_initializer: Initializer of the projections' kernels.
@@ -148,8 +155,7 @@ class HLACell(keras.layers.Layer):
         seed=None,
         **kwargs,
     ):
-        # Without autocasting, states stay float32; the projections cast for themselves.
-        super().__init__(autocast=False, **kwargs)
+        super().__init__(**kwargs)
         check_positive_int("num_heads", num_heads)
         check_positive_int("key_dim", key_dim)
         check_positive_int("value_dim", value_dim, optional=True)
@@ -195,6 +201,7 @@ class HLACell(keras.layers.Layer):
         self.output_norm = output_norm
         self.output_gate = get_activation("output_gate", output_gate)
         self.dropout = dropout
+        self._dropout_mask = None
         self.seed = plain_number(seed)  # Keras takes no other
         self._output_shape = output_shape
         self.use_bias = use_bias
@@ -225,9 +232,8 @@ class HLACell(keras.layers.Layer):
             )
             self.conv.build((*input_shape[:-1], sum(self._projected_sizes)))
         if self.decay is not None:
-            self.log_decay = LogDecay(
-                self.decay, self.num_heads, dtype=self.state_dtype, name="decay"
-            )
+            policy = with_default(self.dtype_policy, self.state_dtype)
+            self.log_decay = LogDecay(self.decay, self.num_heads, dtype=policy, name="decay")
             self.log_decay.build(input_shape)
         if self.qk_norm:
             self.query_norm = self._norm("query_norm", self.key_dim)
@@ -294,8 +300,12 @@ class HLACell(keras.layers.Layer):
             normalize=self.normalize,
             epsilon=self.epsilon,
         )
-        warn_of_redrawn_dropout(self, self, training)
-        output = self.drop(self.finish(output, inputs), training)
+        output = self.finish(output, inputs)
+        if training and self._dropout_mask is not None:
+            output = output * self._dropout_mask
+        else:
+            warn_of_redrawn_dropout(self, self, training)
+            output = self.drop(output, training)
         return output, [*memory, *context.values()]
 
     def _check_dtypes(self, states):
@@ -369,6 +379,17 @@ class HLACell(keras.layers.Layer):
             output = output * self.output_gate(self.gate_dense(inputs))
         return self.output_dense(output)
 
+    def get_dropout_mask(self, step_input):
+        """Draws the factors of a sequence's outputs, for all steps; `RNN` calls it before them."""
+        if self.dropout:
+            ones = ops.ones((ops.shape(step_input)[0], self.output_size), self.compute_dtype)
+            self._dropout_mask = self.dropout_layer(ones, training=True)
+        return self._dropout_mask
+
+    def get_recurrent_dropout_mask(self, step_input):
+        """Returns `None`: states are not dropped."""
+        return None
+
     def drop(self, output, training):
         """Dropout, in training. It is apart because no part of a loop may draw random numbers."""
         return self.dropout_layer(output, training=training) if self.dropout else output
@@ -378,12 +399,17 @@ class HLACell(keras.layers.Layer):
         norm.build((None, dim))
         return norm
 
-    def make_dense(self, units, name):
-        """A `Dense` layer with the bias, initializers, regularizers and constraints of this one."""
+    def make_dense(self, units, name, owner=None):
+        """A `Dense` layer with the bias, initializers, regularizers and constraints of this one.
+
+        Args:
+            units: Number of features.
+            name: Name of the layer.
+            owner: The `CompositeLayer` that it is in, if not the cell.
+        """
         # Every projection needs an initializer of its own, or all would start with equal weights.
         return make_dense(
             int(units),
-            self.dtype_policy,
             use_bias=self.use_bias,
             kernel_initializer=_copy(self.kernel_initializer),
             bias_initializer=_copy(self.bias_initializer),
@@ -392,6 +418,7 @@ class HLACell(keras.layers.Layer):
             kernel_constraint=self.kernel_constraint,
             bias_constraint=self.bias_constraint,
             name=name,
+            **(owner or self).options_of(name),
         )
 
     def compute_output_shape(self, input_shape, states_shape=None):

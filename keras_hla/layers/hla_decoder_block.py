@@ -12,6 +12,7 @@ from keras_hla.checks import (
     check_rank,
 )
 from keras_hla.layers.arguments import plain, split_arguments
+from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.float64 import make_rms_norm
 from keras_hla.layers.hla import HLA
@@ -25,7 +26,7 @@ _MULTIPLE = 16
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
-class HLADecoderBlock(keras.layers.Layer):
+class HLADecoderBlock(CompositeLayer):
     """Pre-norm block: `HLA` and a gated MLP, each with norm, dropout and residual.
 
         y = x + dropout(HLA(norm(x)))
@@ -93,9 +94,8 @@ class HLADecoderBlock(keras.layers.Layer):
         dtype=None,
         **kwargs,
     ):
-        # Without autocasting, states stay float32; the layers inside cast for themselves.
         kwargs, others = split_arguments(kwargs, HLA, HLACell)
-        super().__init__(name=name, trainable=trainable, dtype=dtype, autocast=False, **others)
+        super().__init__(name=name, trainable=trainable, dtype=dtype, **others)
         for argument in _FIXED:
             if argument in kwargs:
                 raise ValueError(
@@ -134,9 +134,9 @@ class HLADecoderBlock(keras.layers.Layer):
         cell = self.mixer.cell
         self.mixer_norm = self._norm("mixer_norm")
         self.mlp_norm = self._norm("mlp_norm")
-        self.gate_dense = cell.make_dense(size, "gate")
-        self.up_dense = cell.make_dense(size, "up")
-        self.down_dense = cell.make_dense(features, "down")
+        self.gate_dense = cell.make_dense(size, "gate", owner=self)
+        self.up_dense = cell.make_dense(size, "up", owner=self)
+        self.down_dense = cell.make_dense(features, "down", owner=self)
         for norm in (self.mixer_norm, self.mlp_norm):
             norm.build(sequences_shape)
         self.mixer.build(sequences_shape)

@@ -1,9 +1,14 @@
 """A model as a function of named inputs, named outputs and states."""
 
+import re
+
 import keras
 from keras import tree
 
 from keras_hla.layers.state_scope import StateScope
+
+# What Keras calls an input without a name: in a new model, and in one that was loaded.
+_UNNAMED = re.compile(r"(keras_tensor|input_layer)(_\d+)?")
 
 
 class ModelCall:
@@ -63,10 +68,17 @@ def _named_inputs(model):
     if isinstance(structure, dict):
         return dict(structure)
     inputs = tree.flatten(structure)
-    unnamed = [x.name.startswith("keras_tensor") for x in inputs]
-    if len(inputs) == 1 and unnamed[0]:
-        return {"inputs": inputs[0]}
-    return {x.name: x for x in inputs}
+    one = len(inputs) == 1
+    names = [
+        ("inputs" if one else f"inputs_{i}") if _UNNAMED.fullmatch(x.name) else x.name
+        for i, x in enumerate(inputs, start=1)
+    ]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            "Inputs without a name are called 'inputs_1', 'inputs_2', ... after their places: "
+            f"others must not have these names. Received: inputs named {[x.name for x in inputs]}"
+        )
+    return dict(zip(names, inputs, strict=True))
 
 
 def _sequences(inputs):

@@ -89,8 +89,9 @@ def streaming_model(model, masked=False):
 
     Returns:
         A `keras.Model` from a dictionary of inputs and states to one of outputs
-        and states. An input is named like its `keras.Input` (`"inputs"` if it is
-        the only one and has no name), an output like the layer that it comes
+        and states. An input is named like its `keras.Input` (without a name,
+        `"inputs"` if it is the only one, else `"inputs_1"`, `"inputs_2"`, ... after
+        its place), an output like the layer that it comes
         from, or as `model` names them where they are dictionaries. States are
         named after layer and state, as in `"hla_S"`; the same name is the state
         before the piece in the inputs and after it in the outputs.
@@ -128,7 +129,7 @@ def streaming_model(model, masked=False):
         inputs[name] = keras.Input(shape, dtype=x.dtype, name=name)
     if masked:
         inputs["mask"] = keras.Input((None,), dtype="bool", name="mask")
-    names, states = _state_inputs(layers, carries)
+    names, states = _state_inputs(layers, carries, model)
     for name in call.output_names:
         if name in inputs or name in states:
             raise ValueError(f"An output must not have the name of an input or a state: '{name}'")
@@ -137,13 +138,23 @@ def streaming_model(model, masked=False):
     return StreamingModel(inputs, outputs, name=f"{model.name}_stream")
 
 
-def _state_inputs(layers, carries):
+def _path(layer, model):
+    """The path of a layer, as it is in a new model: loaded ones lack their Sequential models."""
+    path = layer.path.split("/")
+    for inside in reversed(list(model._flatten_layers())):
+        lacks = isinstance(inside, keras.Sequential) and inside.name not in path
+        if lacks and layer in inside._flatten_layers():
+            path.insert(0, inside.name)
+    return "_".join(path)
+
+
+def _state_inputs(layers, carries, model):
     """For each call of a layer the names of its states; and an input for each state."""
     names: list[list[str]] = []
     inputs: dict[str, keras.KerasTensor] = {}
     for layer, carries_output in zip(layers, carries, strict=True):
         cell = layer.cell
-        prefix = _unique(re.sub(r"\W", "_", layer.path), inputs, cell.state_names[0])
+        prefix = _unique(re.sub(r"\W", "_", _path(layer, model)), inputs, cell.state_names[0])
         states = dict(zip(cell.state_names, cell.state_size, strict=True))
         if carries_output:
             states["output"] = (cell.output_size,)

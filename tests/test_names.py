@@ -1,0 +1,78 @@
+"""Inputs and states have the same names in a new model, a loaded one, and an exported one."""
+
+from backends import relative_error
+import keras
+import numpy as np
+import pytest
+from scripts import run_python
+
+from keras_hla import layers, streaming_model
+
+INPUTS = {
+    "one": ["inputs"],
+    "sequential": ["inputs"],
+    "sequential inside": ["inputs"],
+    "several": ["inputs_1", "tokens", "inputs_3"],
+    "looks unnamed": ["inputs"],
+}
+
+
+def make(kind):
+    if kind.startswith("sequential"):
+        model = keras.Sequential([keras.Input((None, 4)), layers.HLA(2, 4), layers.HLA(2, 4)])
+        if kind == "sequential":
+            return model
+        model = keras.Sequential([model, layers.HLA(2, 4)])
+        sequences = keras.Input((None, 4))
+        return keras.Model(sequences, model(sequences))
+    names = {"several": (None, "tokens", None), "looks unnamed": ("input_layer",)}
+    inputs = [keras.Input((None, 4), name=name) for name in names.get(kind, (None,))]
+    return keras.Model(inputs, layers.HLADecoderBlock(2, 4)(sum(inputs)))
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_a_loaded_model_has_the_names_of_the_new_one(kind, tmp_path):
+    model = make(kind)
+    model.save(tmp_path / "model.keras")
+    stream = streaming_model(model)
+    assert [name for name in stream.input if name not in stream.state_names] == INPUTS[kind]
+    for other in (
+        keras.saving.load_model(tmp_path / "model.keras"),
+        keras.models.clone_model(model),
+    ):
+        again = streaming_model(other)
+        assert list(again.input) == list(stream.input)
+        assert list(again.output) == list(stream.output)
+
+
+def test_a_streaming_model_of_unnamed_inputs_is_loaded(rng, tmp_path):
+    stream = streaming_model(make("several"))
+    stream.save(tmp_path / "stream.keras")
+    loaded = keras.saving.load_model(tmp_path / "stream.keras")
+    inputs = {name: rng.standard_normal((2, 5, 4)).astype("float32") for name in INPUTS["several"]}
+    inputs |= stream.initial_state(2)
+    for a, b in zip(loaded(inputs).values(), stream(inputs).values(), strict=True):
+        assert relative_error(a, b) <= 1e-6
+
+
+def test_inputs_called_like_unnamed_ones_are_refused():
+    inputs = [keras.Input((None, 4)), keras.Input((None, 4), name="inputs_1")]
+    with pytest.raises(ValueError, match=r"must not have these names.*inputs_1"):
+        streaming_model(keras.Model(inputs, layers.HLA(2, 4)(sum(inputs))))
+
+
+def test_the_export_of_the_readme(tmp_path):
+    tokens = keras.Input((None,), dtype="int32")
+    x = layers.HLA(num_heads=2, key_dim=4)(keras.layers.Embedding(9, 8)(tokens))
+    model = keras.Model(tokens, keras.layers.Dense(9)(x))
+    model.save(tmp_path / "model.keras")
+    run_python("-m", "keras_hla.export", tmp_path / "model.keras", tmp_path / "saved_model")
+    import tensorflow as tf
+
+    served = tf.saved_model.load(tmp_path / "saved_model").signatures
+    states = served["initial_state"](batch_size=tf.constant(1))
+    text = np.arange(7, dtype="int32")[None] % 9
+    (whole,) = served["serving_default"](inputs=tf.constant(text)).values()
+    assert relative_error(whole, model(text)) <= 1e-5
+    outputs = served["step"](inputs=tf.constant(text), **states)
+    assert relative_error(outputs[model.output_names[0]], whole) <= 1e-5
