@@ -150,11 +150,9 @@ def change_the_dtype(model):
 )
 def test_the_model_is_written_with_as_it_is_now(change):
     model, prompt = functional(), [1, 2, 3]
-    for _ in range(2):
-        new = generate(model, prompt, 8, temperature=0)
-        check_greedy(new, model, prompt)
-        change(model)
-        change = enable_lora if change is not enable_lora else (lambda model: None)
+    generate(model, prompt, 8, temperature=0)
+    change(model)
+    check_greedy(generate(model, prompt, 8, temperature=0), model, prompt)
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
@@ -258,7 +256,7 @@ def test_masked_tokens(residual):
     row = np.random.default_rng(0).integers(0, VOCABULARY, (1, 64))
     logits = to_numpy(compiled(model)(keras.ops.convert_to_tensor(row, "int32")))
     gap, written = logits.max(axis=-1) - logits[..., 0], []
-    for share in (0.2, 0.5, 0.8):  # of the tokens that are masked then
+    for share in (0.0, 0.5, 0.9):  # of the tokens that are masked then
         bias = np.quantile(gap, share) * np.eye(VOCABULARY)[0]
         model.get_layer("logits").bias.assign(bias.astype("float32"))
         new = generate(model, [3, 0, 0, 2, 0], 24, temperature=0)

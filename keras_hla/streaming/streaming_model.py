@@ -85,7 +85,8 @@ def streaming_model(model, masked=False):
         masked: Whether the model has one more input, `"mask"`: a boolean tensor of
             shape `(batch, length)`, true where a token counts. With it the pieces
             of a batch can be of different lengths. The outputs of tokens that do
-            not count mean nothing.
+            not count mean nothing. Those that the model masks by itself, as with
+            `Embedding(mask_zero=True)`, have the outputs that they have in the whole.
 
     Returns:
         A `keras.Model` from a dictionary of inputs and states to one of outputs
@@ -94,7 +95,8 @@ def streaming_model(model, masked=False):
         its place), an output like the layer that it comes
         from, or as `model` names them where they are dictionaries. States are
         named after layer and state, as in `"hla_S"`; the same name is the state
-        before the piece in the inputs and after it in the outputs.
+        before the piece in the inputs and after it in the outputs. Where a mask
+        reaches a layer, its last output, `"hla_output"`, is a state.
 
         `state_names` lists the states, and `initial_state(batch_size)` gives
         those before the first token. Where a layer returns its last output alone
@@ -102,7 +104,8 @@ def streaming_model(model, masked=False):
 
     Raises:
         ValueError: if a layer mixes time in another way (attention, pooling, a
-            convolution over time) or reads from the end. The error names it.
+            convolution over time, absolute positions) or reads from the end. The
+            error names it.
 
     Example:
 
