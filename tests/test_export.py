@@ -134,6 +134,20 @@ def test_low_precision_models_answer_in_float32(tmp_path):
         assert {x.dtype.name for x in outputs.values()} == {"float32"}
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="TensorFlow writes the file there")
+def test_quantized_models(rng, tmp_path):
+    import tensorflow as tf
+
+    sequences = keras.Input((None, 8))
+    model = keras.Model(sequences, layers.HLA(2, 4, decay="input", name="hla")(sequences))
+    model.quantize("int8")
+    export_saved_model(model, tmp_path / "saved_model")
+    signatures = tf.saved_model.load(tmp_path / "saved_model").signatures
+    x = rng.standard_normal((2, 70, 8)).astype("float32")
+    answer = signatures["serving_default"](inputs=tf.constant(x))["hla"]
+    assert relative_error(answer, model.predict_on_batch(x)) <= 1e-5
+
+
 def test_errors(model, tmp_path):
     if BACKEND == "torch":
         with pytest.raises(RuntimeError, match=r"python -m keras_hla.export model.keras"):

@@ -2,6 +2,7 @@
 
 from backends import relative_error
 import keras
+from keras.quantizers import Int4QuantizationConfig, Int8QuantizationConfig
 import numpy as np
 import pytest
 
@@ -88,6 +89,30 @@ def test_whole_sequences(tmp_path, rng, file, length, lengths):
             outputs = served(tokens=tokens)
             assert set(outputs) == {"logits"}
             assert relative_error(outputs["logits"], model(tokens)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("file", "config"),
+    [
+        ("step.onnx", Int8QuantizationConfig()),
+        ("step.tflite", Int8QuantizationConfig(activation_quantizer=None)),
+        ("step.tflite", Int4QuantizationConfig()),
+    ],
+)
+def test_quantized_models(tmp_path, file, config):
+    model = make("hla2", {"decay": "input"})
+    model.quantize(config=config)
+    export(model, tmp_path / file, step=True, length=7)
+    new = "next_{}".format if file == "step.onnx" else str
+    check_pieces(model, tmp_path / file, [7] * 3, new=new)
+
+
+def test_quantized_activations_are_refused_in_litert(tmp_path):
+    model = make("hla2", {})
+    model.quantize("int8")
+    with pytest.raises(ValueError, match=r"`model` must multiply in float32.*products of int8"):
+        keras_hla.export_litert(model, tmp_path / "out.tflite", length=7)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_not_exact_is_refused(tmp_path):

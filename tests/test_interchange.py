@@ -2,6 +2,7 @@
 
 from backends import relative_error
 import keras
+from keras.quantizers import Int8QuantizationConfig
 import numpy as np
 import pytest
 from scripts import run_python
@@ -15,9 +16,10 @@ import sys
 import keras, numpy as np
 import keras_hla
 folder = sys.argv[1]
-model = keras.saving.load_model(f"{folder}/model.keras")
-outputs = model.predict(np.load(f"{folder}/inputs.npy"), verbose=0)
-np.save(f"{folder}/{keras.config.backend()}.npy", outputs)
+for name in ("model", "int8"):
+    model = keras.saving.load_model(f"{folder}/{name}.keras")
+    outputs = model.predict(np.load(f"{folder}/inputs.npy"), verbose=0)
+    np.save(f"{folder}/{name}_{keras.config.backend()}.npy", outputs)
 """
 
 
@@ -34,12 +36,18 @@ def model():
 
 def test_loads_under_the_other_backends(model, rng, tmp_path):
     tokens = rng.integers(0, 50, (3, 100)).astype("int32")
-    model.save(tmp_path / "model.keras")
+    quantized = keras.models.clone_model(model)
+    quantized.set_weights(model.get_weights())
+    quantized.quantize(config=Int8QuantizationConfig(activation_quantizer=None))
+    models = {"model": model, "int8": quantized}
+    for name, saved in models.items():
+        saved.save(tmp_path / f"{name}.keras")
     np.save(tmp_path / "inputs.npy", tokens)
-    expected = model.predict(tokens, verbose=0)
     for backend in set(BACKENDS) - {keras.config.backend()}:
         run_python("-c", LOAD, tmp_path, backend=backend)
-        assert relative_error(np.load(tmp_path / f"{backend}.npy"), expected) <= 1e-5
+        for name, saved in models.items():
+            outputs = np.load(tmp_path / f"{name}_{backend}.npy")
+            assert relative_error(outputs, saved.predict(tokens, verbose=0)) <= 1e-5
 
 
 def test_imports_no_other_backend():

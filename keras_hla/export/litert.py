@@ -28,8 +28,8 @@ def export_litert(model, path, step=False, length=None):
     Raises:
         RuntimeError: under JAX and torch. It names the command that exports a
             `.keras` file.
-        ValueError: if the model cannot be streamed or is not in float32, or the
-            length is out of bounds.
+        ValueError: if the model cannot be streamed, is not in float32, or is
+            quantized with its activations, or if the length is out of bounds.
 
     Example:
 
@@ -51,5 +51,19 @@ def export_litert(model, path, step=False, length=None):
             f"another format: ONNX and SavedModels take any length. Received: length={length}"
         )
     function = tensorflow_function(model, step, length).get_concrete_function()
+    _check_products(function)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function], model)
     Path(path).write_bytes(converter.convert())
+
+
+def _check_products(function):
+    """Raises a `ValueError` where integers are multiplied, which LiteRT cannot convert."""
+    products = (op for op in function.graph.get_operations() if "MatMul" in op.type)
+    found = sorted({x.dtype.name for op in products for x in op.inputs if x.dtype.is_integer})
+    if found:
+        raise ValueError(
+            "Argument `model` must multiply in float32 for LiteRT: quantize its weights alone, as "
+            'with `Int8QuantizationConfig(activation_quantizer=None)` or `model.quantize("int4")`, '
+            "or export another format: ONNX and SavedModels take any quantized model. Received: a "
+            f"model with products of {', '.join(found)}"
+        )
