@@ -286,11 +286,18 @@ def test_generation_takes_steps():
 
 
 def test_nothing_to_compute():
-    for shape in ((1, 0, 2, 16), (0, 5, 2, 16)):
-        q = keras.ops.zeros(shape)
+    empty, no_rows = keras.ops.zeros((1, 0, 2, 16)), keras.ops.zeros((0, 5, 2, 16))
+    for q in (empty, no_rows):
         assert kernels.choose(dtype="float32", tensor=q).implementation == "portable"
-        with pytest.raises(ValueError, match="there is nothing to compute"):
-            ops.higher_order_attention(q, q, q, **KERNELS)
+    # A piece of a stream may be empty, as it may be a single token.
+    state = [keras.ops.ones((1, 2, 16, 16)), 2 * keras.ops.ones((1, 2, 16, 16))]
+    output, last = ops.higher_order_attention(
+        empty, empty, empty, initial_state=state, return_state=True, **KERNELS
+    )
+    assert tuple(output.shape) == (1, 0, 2, 16)
+    assert all(np.array_equal(to_numpy(a), to_numpy(b)) for a, b in zip(last, state, strict=True))
+    with pytest.raises(ValueError, match="there is nothing to compute"):
+        ops.higher_order_attention(no_rows, no_rows, no_rows, **KERNELS)
 
 
 def test_second_gradients_are_refused(rng):

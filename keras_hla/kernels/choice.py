@@ -53,7 +53,7 @@ def choose(
 
     Returns:
         The named tuple `(implementation, reason)`. A single token is always a step of
-        the portable path.
+        the portable path, and so is none.
 
     Raises:
         ValueError: if `implementation="triton"` cannot run that, with the reason.

@@ -301,10 +301,10 @@ class HLACell(CompositeLayer, DropoutRNNCell):
             epsilon=self.epsilon,
         )
         output = self.finish(output, inputs)
+        warn_of_redrawn_dropout(self, self, training)
         if training and self._dropout_mask is not None:
             output = output * self._dropout_mask
         else:
-            warn_of_redrawn_dropout(self, self, training)
             output = self.drop(output, training)
         return output, [*memory, *context.values()]
 
