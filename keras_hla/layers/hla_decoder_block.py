@@ -100,6 +100,7 @@ class HLADecoderBlock(CompositeLayer):
             conv_kernel_size=conv_kernel_size,
             use_bias=use_bias,
             dropout=dropout,
+            trainable=trainable,
             dtype=self.dtype_policy,
             name="mixer",
             **kwargs,
@@ -180,7 +181,10 @@ class HLADecoderBlock(CompositeLayer):
 
     def _norm(self, name):
         return keras.layers.RMSNormalization(
-            epsilon=self.norm_epsilon, dtype=self.dtype_policy, name=name
+            epsilon=self.norm_epsilon,
+            trainable=self.trainable,
+            dtype=self.dtype_policy,
+            name=name,
         )
 
     def get_config(self):
