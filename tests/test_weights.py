@@ -91,6 +91,24 @@ def test_files_of_former_versions_hold_states(x, kind, tmp_path, monkeypatch):
     assert relative_error(stateless.predict(x[:, :5], verbose=0), expected[:, :5]) <= 1e-6
 
 
+@every_kind
+def test_a_frozen_layer_is_loaded_frozen(x, kind, tmp_path):
+    model = make(kind)
+    model.layers[1].trainable = False
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    trainable = [w.path for w in model.trainable_weights]
+    assert [w.path for w in loaded.trainable_weights] == trainable
+    assert len(trainable) == len(model.weights) / 2
+    before = loaded.get_weights()
+    loaded.compile("adam", "mse")
+    loaded.fit(x[:, :5], x[:, 5:], verbose=0)
+    for weight, value in zip(loaded.weights, before, strict=True):
+        assert np.any(to_numpy(weight) != value) == (weight.path in trainable), weight.path
+    loaded.layers[1].trainable = True
+    assert len(loaded.trainable_weights) == len(model.weights)
+
+
 def test_weights_of_ones_own_are_loaded(tmp_path):
     class Scaled(layers.HLA):
         def build(self, sequences_shape):

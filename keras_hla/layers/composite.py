@@ -8,7 +8,8 @@ from keras_hla.layers.quantized import layer_options, policy_with_quantized
 class CompositeLayer(keras.layers.Layer):
     """A layer whose config tells which of the layers inside have been quantized.
 
-    Those inside are created with `options_of(name)`, so that they come back as they were.
+    Those inside are created with `options_of(name)`, so that they come back as they were,
+    frozen or not.
     """
 
     def __init__(self, **kwargs):
@@ -35,8 +36,10 @@ class CompositeLayer(keras.layers.Layer):
             layer.dtype_policy = policy
 
     def options_of(self, name):
-        """The arguments of the layer of this name inside that concern its dtypes."""
-        return layer_options(self.dtype_policy, f"{self.path}/{name}")
+        """The arguments that a projection of this name inside gets from this layer."""
+        # Keras asks each variable of a model whether it is trainable, not the layer that it is in.
+        options = {"name": name, "trainable": self.trainable}
+        return options | layer_options(self.dtype_policy, f"{self.path}/{name}")
 
     def get_config(self):
         policy = policy_with_quantized(self)

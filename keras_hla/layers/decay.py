@@ -41,7 +41,6 @@ class LogDecay(CompositeLayer):
                 self.num_heads,
                 kernel_initializer="zeros",
                 bias_initializer=start,
-                name="logit",
                 **self.options_of("logit"),
             )
             self.logit_dense.build(input_shape)

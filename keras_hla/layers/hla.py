@@ -143,7 +143,13 @@ class HLA(CompositeLayer):
         check_positive_int("remat_length", remat_length, optional=True)
         check_choice("implementation", implementation, kernels.IMPLEMENTATIONS)
         self.cell = HLACell(
-            num_heads, key_dim, value_dim, name="cell", dtype=self.dtype_policy, **kwargs
+            num_heads,
+            key_dim,
+            value_dim,
+            name="cell",
+            trainable=trainable,
+            dtype=self.dtype_policy,
+            **kwargs,
         )
         self.return_sequences = return_sequences
         self.return_state = return_state

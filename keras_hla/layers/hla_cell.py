@@ -228,12 +228,18 @@ class HLACell(CompositeLayer, DropoutRNNCell):
         self.output_dense.build((*input_shape[:-1], self.num_heads * self.value_dim))
         if self.conv_kernel_size is not None:
             self.conv = ShortConvolution(
-                self.conv_kernel_size, self.conv_activation, dtype=self.state_dtype, name="conv"
+                self.conv_kernel_size,
+                self.conv_activation,
+                trainable=self.trainable,
+                dtype=self.state_dtype,
+                name="conv",
             )
             self.conv.build((*input_shape[:-1], sum(self._projected_sizes)))
         if self.decay is not None:
             policy = with_default(self.dtype_policy, self.state_dtype)
-            self.log_decay = LogDecay(self.decay, self.num_heads, dtype=policy, name="decay")
+            self.log_decay = LogDecay(
+                self.decay, self.num_heads, trainable=self.trainable, dtype=policy, name="decay"
+            )
             self.log_decay.build(input_shape)
         if self.qk_norm:
             self.query_norm = self._norm("query_norm", self.key_dim)
@@ -395,7 +401,7 @@ class HLACell(CompositeLayer, DropoutRNNCell):
         return self.dropout_layer(output, training=training) if self.dropout else output
 
     def _norm(self, name, dim):
-        norm = make_rms_norm(self.state_dtype, name=name)
+        norm = make_rms_norm(self.state_dtype, trainable=self.trainable, name=name)
         norm.build((None, dim))
         return norm
 
@@ -417,7 +423,6 @@ class HLACell(CompositeLayer, DropoutRNNCell):
             bias_regularizer=self.bias_regularizer,
             kernel_constraint=self.kernel_constraint,
             bias_constraint=self.bias_constraint,
-            name=name,
             **(owner or self).options_of(name),
         )
 

@@ -118,6 +118,7 @@ class HLADecoderBlock(CompositeLayer):
             conv_kernel_size=conv_kernel_size,
             use_bias=use_bias,
             dropout=dropout,
+            trainable=trainable,
             dtype=self.dtype_policy,
             name="mixer",
             **kwargs,
@@ -200,7 +201,9 @@ class HLADecoderBlock(CompositeLayer):
         return self.mixer.compute_output_spec(sequences, initial_state, mask, segment_ids)
 
     def _norm(self, name):
-        return make_rms_norm(self.dtype_policy, epsilon=self.norm_epsilon, name=name)
+        return make_rms_norm(
+            self.dtype_policy, epsilon=self.norm_epsilon, trainable=self.trainable, name=name
+        )
 
     def get_config(self):
         mixer = self.mixer.get_config()
