@@ -43,7 +43,7 @@ def export_litert(model, path, step=False, length=None):
     import tensorflow as tf
 
     check_positive_int("length", length, optional=True)
-    longest = min(layer.chunk_size or DEFAULT_CHUNK_SIZE for layer in check_streams(model))
+    longest = min(layer.chunk_size or DEFAULT_CHUNK_SIZE for layer in check_streams(model).layers)
     if length is None or length > longest:  # with several chunks, tensors have too many axes
         raise ValueError(
             f"Argument `length` must be an integer from 1 to {longest}, the chunk size, in LiteRT. "

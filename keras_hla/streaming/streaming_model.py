@@ -121,8 +121,8 @@ def streaming_model(model, masked=False):
     >>> states = {name: outputs[name] for name in stream.state_names}  # for the next piece
     """
     call = ModelCall(model)
-    layers, carries = check_streams(model)
-    if not layers:
+    scope = check_streams(model)
+    if not scope.layers:
         raise ValueError(
             f"Argument `model` must have an `HLA` layer, or a block of it. Received: {model}"
         )
@@ -132,7 +132,7 @@ def streaming_model(model, masked=False):
         inputs[name] = keras.Input(shape, dtype=x.dtype, name=name)
     if masked:
         inputs["mask"] = keras.Input((None,), dtype="bool", name="mask")
-    names, states = _state_inputs(layers, carries, model)
+    names, states = _state_inputs(scope, model)
     for name in call.output_names:
         if name in inputs or name in states:
             raise ValueError(f"An output must not have the name of an input or a state: '{name}'")
@@ -151,11 +151,11 @@ def _path(layer, model):
     return "_".join(path)
 
 
-def _state_inputs(layers, carries, model):
+def _state_inputs(scope, model):
     """For each call of a layer the names of its states; and an input for each state."""
     names: list[list[str]] = []
     inputs: dict[str, keras.KerasTensor] = {}
-    for layer, carries_output in zip(layers, carries, strict=True):
+    for layer, carries_output in zip(scope.layers, scope.carries, strict=True):
         cell = layer.cell
         prefix = _unique(re.sub(r"\W", "_", _path(layer, model)), inputs, cell.state_names[0])
         states = dict(zip(cell.state_names, cell.state_size, strict=True))
