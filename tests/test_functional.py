@@ -23,6 +23,10 @@ def array(rng, x):
 
 def assert_model(function, inputs, rng, path=None):
     """Holds the model of a function of a dictionary to the function, before and after saving."""
+    inputs = {  # named as Keras names them after loading
+        name: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=name)
+        for name, x in inputs.items()
+    }
     outputs = function(inputs)
     flat = keras.tree.flatten(outputs)
     model = keras.Model(inputs, flat)
