@@ -11,9 +11,6 @@ import pytest
 from keras_hla import layers
 from keras_hla.hub import HLABackbone, HLACausalLM
 
-# Keras says so of each layer that has no products, its own `InputLayer` among them.
-pytestmark = pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
-
 MODES = {
     "int8": {"mode": "int8"},
     "int4": {"mode": "int4"},
