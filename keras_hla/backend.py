@@ -198,7 +198,7 @@ def compiled(function, variables, jit_compile=None):
     Args:
         function: takes and returns nests of tensors.
         variables: list of the `keras.Variable`s that it reads, whose values may change. Only
-            weak references to them are kept, and none to their values.
+            weak references to them are kept.
         jit_compile: under TensorFlow, whether XLA compiles it, as in `tf.function`.
     """
     call = stateless(function, variables)
