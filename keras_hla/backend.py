@@ -198,7 +198,7 @@ def compiled(function, variables, jit_compile=None):
     Args:
         function: takes and returns nests of tensors.
         variables: list of the `keras.Variable`s that it reads, whose values may change. Only
-            weak references to them are kept, and none to their values.
+            weak references to them are kept.
         jit_compile: under TensorFlow, whether XLA compiles it, as in `tf.function`.
     """
     call = stateless(function, variables)
@@ -213,8 +213,9 @@ def compiled(function, variables, jit_compile=None):
 
 def _values(variables):
     """A function that returns the values of variables at the time, as a list."""
-    references = [weakref.ref(v) for v in variables]
-    return lambda: [ops.convert_to_tensor(reference()) for reference in references]
+    # Under TensorFlow they are its variables, as XLA would copy tensors at each call.
+    references: list = [weakref.ref(v) for v in variables]
+    return lambda: [reference().value for reference in references]
 
 
 def compiled_scan(step, variables, output_dtype=None):

@@ -63,8 +63,12 @@ class HLACausalLM(CausalLM):
     def make_generate_function(self):
         """As that of keras-hub, but anew where layers have other variables, as after LoRA."""
         if self._snapshot is None or not self._snapshot.shows(self):
-            self._snapshot, self.generate_function = Snapshot(self), None
+            self._snapshot = Snapshot(self, self._forget)
+            self._forget()
         return super().make_generate_function()
+
+    def _forget(self):
+        self.generate_function = None
 
     def generate_step(self, inputs, stop_token_ids=None):
         """Continues a batch of prompts; `generate` compiles it.

@@ -10,10 +10,12 @@ class Snapshot:
 
     Args:
         model: the model.
+        forget: function of no arguments, called when one of them is no more: it drops what was
+            compiled, since TensorFlow keeps in memory the weights for which it has compiled.
     """
 
-    def __init__(self, model):
-        self._references = [weakref.ref(x) for x in _parts(model)]
+    def __init__(self, model, forget):
+        self._references = [weakref.ref(x, lambda _: forget()) for x in _parts(model)]
         self._policies = _policies(model)
 
     def shows(self, model):

@@ -42,8 +42,11 @@ class StreamingModel(keras.Model):
         """As Keras' own, but anew where layers have other variables, as after `enable_lora`."""
         changed = self._snapshot is None or not self._snapshot.shows(self)
         if changed:
-            self._snapshot = Snapshot(self)
+            self._snapshot = Snapshot(self, self._forget)
         return super().make_predict_function(force=force or changed)
+
+    def _forget(self):
+        self.predict_function = None
 
     def _track_variables(self):
         """Keeps no list under PyTorch, or weights that the model replaces would stay in memory."""

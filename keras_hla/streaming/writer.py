@@ -63,7 +63,7 @@ class Writer:
 
     def __init__(self, model):
         call = ModelCall(model)
-        self.snapshot = Snapshot(model)
+        self.snapshot = Snapshot(model, lambda: vars(model).pop("_keras_hla_writer", None))
         self._tokens_name = _find_tokens(call)
         self._tokens_dtype = call.inputs[self._tokens_name].dtype
         self._logits_name = call.output_names[0]
