@@ -92,3 +92,15 @@ def _fresh_keras():
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    """A process can hold so many compiled programs: beyond, JAX's compiler ends it."""
+    yield
+    import keras
+
+    if keras.config.backend() == "jax":
+        import jax
+
+        jax.clear_caches()

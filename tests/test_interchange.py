@@ -26,6 +26,7 @@ for name in ("model", "int8"):
 @pytest.fixture(scope="module")
 def model():
     """A small language model of several operators and kinds of decay."""
+    keras.utils.set_random_seed(0)  # the same, whatever ran before
     tokens = keras.Input((None,), dtype="int32")
     h = keras.layers.Embedding(50, 16)(tokens)
     for operator, decay in (("hla2", None), ("ahla", "learned"), ("hla3", "input")):
@@ -39,15 +40,16 @@ def test_loads_under_the_other_backends(model, rng, tmp_path):
     quantized = keras.models.clone_model(model)
     quantized.set_weights(model.get_weights())
     quantized.quantize(config=Int8QuantizationConfig(activation_quantizer=None))
-    models = {"model": model, "int8": quantized}
-    for name, saved in models.items():
+    # Scales of int8 weights are multiplied in another order: more rounding, and far less than int8's.
+    models = {"model": (model, 1e-5), "int8": (quantized, 1e-4)}
+    for name, (saved, _) in models.items():
         saved.save(tmp_path / f"{name}.keras")
     np.save(tmp_path / "inputs.npy", tokens)
     for backend in set(BACKENDS) - {keras.config.backend()}:
         run_python("-c", LOAD, tmp_path, backend=backend)
-        for name, saved in models.items():
+        for name, (saved, tolerance) in models.items():
             outputs = np.load(tmp_path / f"{name}_{backend}.npy")
-            assert relative_error(outputs, saved.predict(tokens, verbose=0)) <= 1e-5
+            assert relative_error(outputs, saved.predict(tokens, verbose=0)) <= tolerance
 
 
 def test_imports_no_other_backend():
