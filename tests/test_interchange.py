@@ -40,7 +40,7 @@ def test_loads_under_the_other_backends(model, rng, tmp_path):
     quantized = keras.models.clone_model(model)
     quantized.set_weights(model.get_weights())
     quantized.quantize(config=Int8QuantizationConfig(activation_quantizer=None))
-    # Scales of int8 weights are multiplied in another order: more rounding, and far less than int8's.
+    # Scales are multiplied in another order: more rounding, but far less than that of int8.
     models = {"model": (model, 1e-5), "int8": (quantized, 1e-4)}
     for name, (saved, _) in models.items():
         saved.save(tmp_path / f"{name}.keras")
