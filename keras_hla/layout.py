@@ -65,7 +65,7 @@ def segment_starts(segment_ids, mask):
 
 
 def count_tokens(mask):
-    """The number of tokens that count, up to each, `(batch, length)`."""
+    """The number of unmasked tokens, up to each, `(batch, length)`."""
     return ops.cumsum(ops.cast(mask, "int32"), axis=1)
 
 

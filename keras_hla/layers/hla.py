@@ -244,22 +244,25 @@ class HLA(CompositeLayer):
         return (output, *states) if self.return_state else output
 
     def _at_masked(self, output, mask, before):
-        """The outputs, with zero or the output before where `mask` is false; and the last before.
+        """The outputs, with zero or the output before where `mask` is false; and the last of these.
+
+        The last is `None` where zeros are all that masked tokens have, and none is asked for.
 
         Args:
             output: tensor of shape `(batch, length, features)`.
             mask: boolean tensor of shape `(batch, length)`.
             before: the output before the first, `(batch, features)`. `None` is zero.
         """
+        zeros = ops.where(mask[..., None], output, 0) if self.zero_output_for_mask else None
+        if zeros is not None and self.return_sequences:
+            return zeros, None
         batch, features = ops.shape(output)[0], output.shape[-1]
         if before is None:
             before = ops.zeros((batch, features), output.dtype)
         entries = ops.concatenate([ops.cast(before, output.dtype)[:, None], output], axis=1)
         some = ops.concatenate([ops.ones((batch, 1), "bool"), mask], axis=1)
         filled, _ = fill_forward(entries, some)
-        if self.zero_output_for_mask:
-            return ops.where(mask[..., None], output, 0), filled[:, -1]
-        return filled[:, 1:], filled[:, -1]
+        return filled[:, 1:] if zeros is None else zeros, filled[:, -1]
 
     def _in_pieces(self, states, sequences, mask, starts):
         length, longest = sequences.shape[1], self.remat_length
