@@ -3,7 +3,7 @@
 import keras
 from keras import layers, ops
 
-from keras_hla.backend import compiled_scan
+from keras_hla.backend.compiling import compiled_scan
 
 
 class CachedAttention(layers.Layer):

@@ -6,7 +6,7 @@ import numpy as np
 from benchmarks import reference, runtime, timing
 from benchmarks.report import Row
 import keras_hla
-from keras_hla.backend import compiled_scan
+from keras_hla.backend.compiling import compiled_scan
 
 HEADS, DIM, BLOCK = 2, 16, 1000
 LOG_DECAY = -0.01

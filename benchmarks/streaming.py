@@ -14,7 +14,7 @@ from benchmarks import runtime, timing
 from benchmarks.cached_attention import CachedModel
 from benchmarks.report import Row
 import keras_hla
-from keras_hla.backend import compiled, compiled_scan
+from keras_hla.backend.compiling import compiled, compiled_scan
 
 VOCABULARY, WIDTH, HEADS, HIDDEN, BLOCKS = 256, 256, 4, 512, 2
 CALL = 32  # tokens per call of a compiled loop

@@ -161,6 +161,30 @@ def check_segment_ids(segment_ids, batch, length):
         )
 
 
+def check_noncausal(operator, log_decay, masked):
+    """Checks what goes with `causal=False`."""
+    if log_decay is not None or not masked:
+        raise ValueError(
+            "With `causal=False` tokens have no order: it goes with `log_decay=None`, and there "
+            f"is no mask for `masked=False` to leave out. Received: log_decay={log_decay}, "
+            f"masked={masked}"
+        )
+    if operator.exclusive:
+        raise ValueError(
+            f"Operator {type(operator).__name__} is defined by its causal recurrence, without a "
+            "form for `causal=False`. Received: causal=False"
+        )
+
+
+def check_segments_allowed(operator, causal):
+    """Checks what goes with `segment_ids`."""
+    if operator.exclusive or not causal:
+        raise ValueError(
+            "Argument `segment_ids` needs causal=True and an operator that reads no state from "
+            f"before a token. Received: causal={causal}, operator={type(operator).__name__}"
+        )
+
+
 def check_states(name, states, batch, shapes, state_names):
     """Checks a list of states against the shapes that follow the batch axis, and returns it."""
     if not isinstance(states, list | tuple) or len(states) != len(shapes):

@@ -10,13 +10,13 @@ forms without states, `matrix` and `unordered`, take and return `None`.
 
 from keras import ops
 
-from keras_hla.backend import (
+from keras_hla.backend.loops import scan_serially
+from keras_hla.backend.tensors import (
     DEFAULT_CHUNK_SIZE,
     entries_to_loop_over,
-    scan_serially,
     size_at_run_time,
 )
-from keras_hla.layout import group
+from keras_hla.grouping import group
 from keras_hla.scan import (
     ChunkedScan,
     SingleScan,

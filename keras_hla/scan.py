@@ -17,12 +17,12 @@ import math
 import keras
 from keras import ops
 
-from keras_hla.backend import cumulative_sum, size_at_run_time
+from keras_hla.backend.tensors import at_least, cumulative_sum, size_at_run_time
 
-# Up to this many states are scanned in one product, more in groups.
+# Up to this many states are scanned in one product, more in blocks.
 _DIRECT = 64
-# The size of a group where the number of states is unknown at trace time.
-_GROUP = 32
+# The size of a block where the number of states is unknown at trace time.
+_BLOCK = 32
 # Log-decays are summed in whole parts of this size, and their rests.
 _PARTS = 256
 
@@ -163,8 +163,7 @@ def bound(log_decay):
     """
     dtype = keras.backend.standardize_dtype(log_decay.dtype)
     zero = -1024.0 if dtype == "float64" else -128.0
-    # Not by `maximum`, which makes float32 of float64 under torch.
-    return ops.where(log_decay < zero, zero, log_decay)
+    return at_least(log_decay, zero)
 
 
 def _power(decay, power):
@@ -192,7 +191,7 @@ def _scan(sums, log_decay, state=None):
     n = ops.shape(sums)[-2]
     if isinstance(n, int) and n <= _DIRECT:
         return _scan_directly(sums, log_decay, state)
-    return _scan_in_groups(sums, log_decay, state)
+    return _scan_in_blocks(sums, log_decay, state)
 
 
 def _scan_directly(sums, log_decay, state=None):
@@ -214,28 +213,28 @@ def _scan_directly(sums, log_decay, state=None):
     return entering, last[..., 0, :]
 
 
-def _scan_in_groups(sums, log_decay, state):
-    """`_scan` in two levels: within groups from zero, then over the groups."""
+def _scan_in_blocks(sums, log_decay, state):
+    """`_scan` in two levels: within blocks from zero, then over the blocks."""
     n = ops.shape(sums)[-2]
-    size = _group_size(n) if isinstance(n, int) else size_at_run_time(n, _GROUP)
-    log_group = None
+    size = _block_size(n) if isinstance(n, int) else size_at_run_time(n, _BLOCK)
+    log_block = None
     sums = split_axis(sums, size, axis=-2)
     if log_decay is not None:
         log_decay = split_axis(log_decay, size, axis=-1)
-        log_group = bound(ops.sum(log_decay, axis=-1))
+        log_block = bound(ops.sum(log_decay, axis=-1))
     # With a number that is unknown at trace time there is no telling how deep to go.
     scan = _scan if isinstance(n, int) else _scan_directly
-    entering, group_sums = scan(sums, log_decay)
-    entering_group, last = scan(group_sums, log_group, state)
-    entering_group = entering_group[..., None, :]
+    entering, block_sums = scan(sums, log_decay)
+    entering_block, last = scan(block_sums, log_block, state)
+    entering_block = entering_block[..., None, :]
     if log_decay is not None:
         # Not the sums less their last terms: what follows a chunk would round what comes before.
         so_far = cumulative_sum(pad_axis(log_decay[..., :-1], 1, 0, axis=-1))
-        entering_group = entering_group * ops.exp(so_far)[..., None]
-    return merge_axis(entering + entering_group, n, axis=-2), last
+        entering_block = entering_block * ops.exp(so_far)[..., None]
+    return merge_axis(entering + entering_block, n, axis=-2), last
 
 
-def _group_size(n):
+def _block_size(n):
     """About the square root of `n`, and where possible a divisor, which saves filling up."""
     root = math.isqrt(n)
     return min(range(root, 2 * root), key=lambda size: -n % size)

@@ -5,7 +5,7 @@ from keras import ops
 import numpy as np
 import pytest
 
-from keras_hla.backend import compiled_scan
+from keras_hla.backend.compiling import compiled_scan
 
 only_torch = pytest.mark.skipif(keras.config.backend() != "torch", reason="is about torch alone")
 

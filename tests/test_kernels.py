@@ -13,20 +13,20 @@ import torch
 
 import keras_hla
 from keras_hla import kernels, layers, operators, ops
-from keras_hla.kernels import geometry
+from keras_hla.kernels.operator import plan
 
 OPERATORS = ("hla2", "ahla", "hla3", "linear")
 KERNELS = {"implementation": "triton"}
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 
 
-@pytest.fixture(params=["one segment", "segments"])
-def segments(request, monkeypatch):
-    """A short sequence in one segment, or in one for each chunk."""
-    monkeypatch.setattr(geometry, "_SEGMENT_CHUNKS", 1 if request.param == "segments" else 8)
-    geometry.geometry_of.cache_clear()
+@pytest.fixture(params=["one span", "spans"])
+def spans(request, monkeypatch):
+    """A short sequence in one span, or in one for each chunk."""
+    monkeypatch.setattr(plan, "_SPAN_CHUNKS", 1 if request.param == "spans" else 8)
+    plan.plan_of.cache_clear()
     yield
-    geometry.geometry_of.cache_clear()
+    plan.plan_of.cache_clear()
 
 
 def to_tensors(arrays, dtype="float32"):
@@ -37,7 +37,7 @@ def to_tensors(arrays, dtype="float32"):
 @every_operator
 @pytest.mark.parametrize("decay", ["none", "per_token"])
 @pytest.mark.parametrize("key_heads", [2, 1])
-@pytest.mark.usefixtures("segments")
+@pytest.mark.usefixtures("spans")
 def test_outputs_states_and_gradients(rng, operator, decay, key_heads):
     inputs, log_decay = draw(rng, 75, decay, 2, key_heads, dim=24, value_dim=16, batch=1)
     inputs = [inputs[0] / 5, inputs[1] / 5, inputs[2]]
@@ -72,7 +72,7 @@ def test_without_states(rng, operator):
 
 @every_operator
 @pytest.mark.parametrize("strong", [-1e5, -1e9, -np.inf])
-@pytest.mark.usefixtures("segments")
+@pytest.mark.usefixtures("spans")
 def test_strong_decays(rng, operator, strong):
     """Tokens that forget all before them, the first of a chunk among them."""
     inputs, log_decay = draw(rng, 75, "per_token", dim=16, value_dim=16, batch=1)
@@ -197,7 +197,7 @@ def test_low_precision(rng, operator, dtype):
 
 
 @every_operator
-@pytest.mark.usefixtures("segments")
+@pytest.mark.usefixtures("spans")
 def test_mask_and_segment_ids(rng, operator):
     inputs, log_decay = draw(rng, 80, "per_token", dim=16, value_dim=16, batch=1)
     mask = rng.random(80) < 0.7
@@ -219,7 +219,7 @@ def test_mask_and_segment_ids(rng, operator):
 
 
 @every_operator
-@pytest.mark.usefixtures("segments")
+@pytest.mark.usefixtures("spans")
 def test_causality_is_bitwise(rng, operator):
     inputs, log_decay = draw(rng, 90, "per_token", dim=16, value_dim=16, batch=1)
     changed = [x.copy() for x in inputs]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from keras_hla import layers
-from keras_hla.layers.rotary import rotation, split_position
+from keras_hla.stages.rotary import rotation, split_position, turns_of
 
 CONFIGURATIONS = {
     "plain": {},
@@ -405,7 +405,7 @@ def test_angles(wavelength):
 
     def function(position, counts):
         block, rest = split_position(position)
-        return rotation(block, rest + counts, 8, wavelength)
+        return rotation(block, rest + counts, turns_of(8, wavelength))
 
     angles = run(function, position, counts[None])
     turns = [fractions.Fraction(w) for w in wavelength ** (-np.arange(4) / 4) / (2 * np.pi)]
@@ -413,7 +413,7 @@ def test_angles(wavelength):
         parts = [float((start[row] + int(counts[column])) * t % 1) for t in turns]
         expected = np.cos(np.multiply(parts, 2 * np.pi)), np.sin(np.multiply(parts, 2 * np.pi))
         for a, e in zip(angles, expected, strict=True):
-            np.testing.assert_allclose(to_numpy(a)[row, column, 0], e, atol=2e-6)
+            np.testing.assert_allclose(to_numpy(a)[row, column], e, atol=2e-6)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])

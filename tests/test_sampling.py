@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from keras_hla import generate, layers
-from keras_hla.backend import compiled
+from keras_hla.backend.compiling import compiled
 from keras_hla.streaming.sampling import inverse, sample
 
 INF = np.inf

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from keras_hla.backend import DEFAULT_CHUNK_SIZE
+from keras_hla.backend.tensors import DEFAULT_CHUNK_SIZE
 from keras_hla.checks import check_positive_int
 from keras_hla.export.tensorflow_function import check_backend, tensorflow_function
 from keras_hla.streaming.check import check_streams

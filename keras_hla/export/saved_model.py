@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_hla.backend import check_batch_sizes, export_options
+from keras_hla.backend.exporting import check_batch_sizes, export_options
 from keras_hla.export.session import Session
 from keras_hla.streaming.model_call import ModelCall
 from keras_hla.streaming.streaming_model import streaming_model

@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_hla.backend import stateless
+from keras_hla.backend.compiling import stateless
 from keras_hla.streaming.model_call import ModelCall
 from keras_hla.streaming.streaming_model import streaming_model
 

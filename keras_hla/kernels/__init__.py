@@ -1,6 +1,5 @@
 """Fused kernels for GPUs, in Triton, under PyTorch and JAX."""
 
-from keras_hla.kernels.attention import attention
 from keras_hla.kernels.choice import IMPLEMENTATIONS, Choice, choose
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "attention", "choose"]
+__all__ = ["IMPLEMENTATIONS", "Choice", "choose"]

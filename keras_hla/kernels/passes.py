@@ -1,7 +1,6 @@
 """What an operator computes, as the kernels need it: its passes, read off its `chain`."""
 
 from collections.abc import Hashable
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -32,24 +31,41 @@ def passes_of(operator):
 def _found(operator):
     passes: list[Pass] = []
 
-    def scan(query, key, value, state, power=1):
-        if query != _Symbol("query"):
-            raise TypeError
+    def scan(query, key, value, state=None, power=1, exclusive=False):
+        if query is not symbols["query"] or state is None or exclusive:
+            raise _MoreThanPassesError
         output = _Symbol(f"pass {len(passes)}")
         passes.append(Pass(state, key.name, value.name, power, output.name))
         return output, state
 
+    symbols = {name: _Symbol(name) for name in ("query", "key", "value")}
     states = range(len(operator.state_names))
-    query, key, value = map(_Symbol, ("query", "key", "value"))
-    try:  # of which arithmetic with symbols is a TypeError, and so are other scans
-        output, _ = operator.chain(scan, states, query, key, value)
-    except TypeError:
+    try:
+        output, _ = operator.chain(scan, states, **symbols)
+    except _MoreThanPassesError:
         return None
-    read = {name for one in passes for name in (one.key, one.value)} | {output.name}
-    each_is_read = bool(passes) and all(one.output in read for one in passes)
+    read = {name for x in passes for name in (x.key, x.value)} | {output.name}
+    each_is_read = bool(passes) and all(x.output in read for x in passes)
     return tuple(passes) if each_is_read and output.name == passes[-1].output else None
 
 
-@dataclasses.dataclass(frozen=True)
+class _MoreThanPassesError(Exception):
+    """A chain computes with its tensors itself."""
+
+
 class _Symbol:
-    name: str
+    """Stands for a tensor, of which a chain of passes asks nothing."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, name):
+        raise _MoreThanPassesError
+
+    def _computes(self, *_, **__):
+        raise _MoreThanPassesError
+
+    __add__ = __sub__ = __mul__ = __truediv__ = __matmul__ = __pow__ = __neg__ = _computes
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rmatmul__ = __getitem__ = _computes
+    __array__ = __tf_tensor__ = _computes
+    __torch_function__ = classmethod(_computes)

@@ -9,20 +9,22 @@ from keras_hla.checks import (
     check_choice,
     check_features,
     check_mask,
+    check_noncausal,
     check_positive_int,
     check_rank,
     check_segment_ids,
+    check_segments_allowed,
     check_states,
 )
+from keras_hla.evaluate import evaluate
+from keras_hla.inputs import arrange
 from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.hla_cell import HLACell
-from keras_hla.layers.pieces import scan_in_pieces
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
+from keras_hla.layers.rematerialization import scan_rematerialized
 from keras_hla.layers.state_scope import current_state_scope
-from keras_hla.layout import fill_forward, segment_starts
-from keras_hla.ops import higher_order_attention
-from keras_hla.ops.attention import check_noncausal, check_segments_allowed
+from keras_hla.masking import fill_forward, segment_starts
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
@@ -227,8 +229,9 @@ class HLA(CompositeLayer):
         starts = None
         if segment_ids is not None:
             starts = segment_starts(ops.convert_to_tensor(segment_ids), mask)
-        states = self._starting_states(sequences, initial_state)
-        output, states = self._in_pieces(states, sequences, mask, starts)
+        states = self._starting_states(initial_state)
+        kept = self.return_state or self.stateful or scope is not None
+        output, states = self._in_parts(states, sequences, mask, starts, kept and self.causal)
         warn_of_redrawn_dropout(self, self.cell, training)
         output, last = self.cell.drop(output, training), None
         if mask is not None:
@@ -264,41 +267,36 @@ class HLA(CompositeLayer):
         filled, _ = fill_forward(entries, some)
         return filled[:, 1:] if zeros is None else zeros, filled[:, -1]
 
-    def _in_pieces(self, states, sequences, mask, starts):
+    def _in_parts(self, states, sequences, mask, starts, return_state):
+        """The outputs, before dropout, and the tuple of states, if they are wanted."""
         length, longest = sequences.shape[1], self.remat_length
         inputs = {"sequences": sequences, "mask": mask, "starts": starts}
         known = isinstance(length, int)  # at trace time
         if not self.causal or not known or longest is None or length <= longest:
-            return self._one_piece(states, **inputs)
-        return scan_in_pieces(self._one_piece, states, inputs, longest, self.cell.weights)
+            return self._one_part(states, **inputs, return_state=return_state)
+        if states is None:
+            states = self.get_initial_state(ops.shape(sequences)[0])
+        return scan_rematerialized(self._one_part, states, inputs, longest, self.cell.weights)
 
-    def _one_piece(self, states, sequences, mask=None, starts=None):
-        """The outputs, before dropout, and the tuple of states."""
+    def _one_part(self, states, sequences, mask=None, starts=None, return_state=True):
+        """`_in_parts` at once: choose, project, evaluate, finish."""
         cell = self.cell
-        memory, context = cell.split_states(states)
-        inputs, context = cell.project(sequences, context, mask, starts)
-        query, key, value, log_decay = inputs
         implementation, _ = self.implementation_for(sequences, segmented=starts is not None)
-        if implementation == "triton":
-            query, key, value = (ops.cast(x, self.compute_dtype) for x in (query, key, value))
-        output = higher_order_attention(
-            query,
-            key,
-            value,
+        fused = implementation == "triton"
+        memory, context = (None, {}) if states is None else cell.split_states(states)
+        operands, context = cell.project(sequences, context, mask, starts, return_state, fused)
+        output, memory = evaluate(
             cell.operator,
-            log_decay=log_decay,
-            normalize=cell.normalize,
-            epsilon=cell.epsilon,
+            arrange(*operands, mask, starts),
+            memory if self.causal else None,
             causal=self.causal,
-            mask=mask,
-            initial_state=memory if self.causal else None,
-            return_state=self.causal,
+            return_state=return_state,
+            epsilon=cell.epsilon if cell.normalize else None,
             chunk_size=self.chunk_size,
             implementation=implementation,
         )
-        if self.causal:
-            output, memory = output
-        return cell.finish(output, sequences), (*memory, *context.values())
+        output = cell.finish(output, sequences, fused)
+        return output, (*memory, *context.values()) if return_state else ()
 
     def implementation_for(self, sequences=None, segmented=False):
         """What evaluates the operator, and why, as `keras_hla.kernels.choose` tells.
@@ -368,14 +366,12 @@ class HLA(CompositeLayer):
             )
         return mask, segment_ids
 
-    def _starting_states(self, sequences, initial_state):
-        """The given states; else those of a stateful layer; else zeros."""
+    def _starting_states(self, initial_state):
+        """The given states; else those of a stateful layer; else `None`, which is zeros."""
         if initial_state is not None:
             return [ops.convert_to_tensor(x, self.cell.state_dtype) for x in initial_state]
-        if self.stateful:
-            # Copies: the variables are overwritten while torch still needs their values.
-            return [ops.copy(state) for state in self.states]
-        return self.get_initial_state(ops.shape(sequences)[0])
+        # Copies: the variables are overwritten while torch still needs their values.
+        return [ops.copy(state) for state in self.states] or None
 
     def compute_mask(self, sequences, previous_mask=None):
         mask = previous_mask if self.return_sequences else None

@@ -1,4 +1,4 @@
-"""One step of the layer, and the weights that both share."""
+"""One step of the layer, and what the layer does before and after its operator."""
 
 import keras
 from keras import ops
@@ -7,29 +7,19 @@ from keras import ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 import numpy as np
 
-from keras_hla import operators
-from keras_hla.checks import (
-    check_features,
-    check_head_groups,
-    check_number,
-    check_positive_int,
-)
-from keras_hla.layers.arguments import plain, plain_number
-from keras_hla.layers.composite import CompositeLayer
-from keras_hla.layers.decay import LogDecay, check_decay
-from keras_hla.layers.feature_map import get_activation, serialize_activation
-from keras_hla.layers.float64 import make_dense, make_rms_norm
-from keras_hla.layers.quantized import with_default
+from keras_hla import stages
+from keras_hla.backend.tensors import is_single_token
+from keras_hla.evaluate import evaluate
+from keras_hla.inputs import arrange, prepare_state
+from keras_hla.layers.hla_weights import HLAWeights
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
-from keras_hla.layers.rotary import join_position, rotate, rotation, split_position
-from keras_hla.layers.short_convolution import ShortConvolution
-from keras_hla.layout import count_tokens
-from keras_hla.ops import attention_step
-from keras_hla.ops.inputs import forget_at, state_dtype
+from keras_hla.masking import count_tokens
+from keras_hla.precision import exchanged_dtype
+from keras_hla.stages.rotary import join_position, rotation, split_position
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
-class HLACell(CompositeLayer, DropoutRNNCell):
+class HLACell(HLAWeights, DropoutRNNCell):
     """Cell of the `HLA` layer: takes in one token at a constant cost.
 
     With the rows of the projections as `q_t, k_t, v_t` per head, rotated by the
@@ -123,169 +113,6 @@ class HLACell(CompositeLayer, DropoutRNNCell):
     - [Higher-order Linear Attention](https://arxiv.org/abs/2510.27258)
     """
 
-    def __init__(
-        self,
-        num_heads,
-        key_dim,
-        value_dim=None,
-        num_key_value_heads=None,
-        operator="hla2",
-        decay=None,
-        rope_max_wavelength=10_000,
-        scale=None,
-        feature_map=None,
-        conv_kernel_size=None,
-        conv_activation="silu",
-        qk_norm=False,
-        masked=True,
-        normalize=False,
-        epsilon=1e-6,
-        ridge=0.0,
-        output_norm=True,
-        output_gate=None,
-        dropout=0.0,
-        output_shape=None,
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        seed=None,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        check_positive_int("num_heads", num_heads)
-        check_positive_int("key_dim", key_dim)
-        check_positive_int("value_dim", value_dim, optional=True)
-        check_positive_int("num_key_value_heads", num_key_value_heads, optional=True)
-        if scale is not None:
-            check_number("scale", scale, "None or a number")
-        if rope_max_wavelength is not None:
-            allowed = "None or a positive number"
-            check_number("rope_max_wavelength", rope_max_wavelength, allowed, lambda x: x > 0)
-            if key_dim % 2:
-                raise ValueError(
-                    "Argument `key_dim` must be even for a rotary embedding "
-                    f"(`rope_max_wavelength`). Received: key_dim={key_dim}, "
-                    f"rope_max_wavelength={rope_max_wavelength}"
-                )
-        self.num_heads = int(num_heads)  # which may be NumPy's, as all sizes
-        self.key_dim = int(key_dim)
-        self.value_dim = int(value_dim or key_dim)
-        self.num_key_value_heads = int(num_key_value_heads or num_heads)
-        check_head_groups(self.num_heads, self.num_key_value_heads)
-        check_number("epsilon", epsilon, "a positive number", lambda x: x > 0)
-        check_number("dropout", dropout, "a number in [0, 1)", lambda x: 0 <= x < 1)
-        check_positive_int("output_shape", output_shape, optional=True)
-        check_positive_int("conv_kernel_size", conv_kernel_size, optional=True)
-        if conv_kernel_size == 1:
-            raise ValueError(
-                "Argument `conv_kernel_size` must be None or an integer of 2 or more. "
-                "Received: conv_kernel_size=1"
-            )
-        self.operator = operators.get(operator, masked, ridge)
-        self._operator_name = operators.name_of(operators.get(operator))
-        self.masked = masked
-        self.normalize = normalize
-        self.epsilon = epsilon
-        self.ridge = ridge
-        self.decay = check_decay(decay, num_heads)
-        self.rope_max_wavelength = rope_max_wavelength
-        self.scale = key_dim**-0.5 if scale is None else scale
-        self.feature_map = get_activation("feature_map", feature_map)
-        self.conv_kernel_size = conv_kernel_size
-        self.conv_activation = get_activation("conv_activation", conv_activation)
-        self.qk_norm = qk_norm
-        self.output_norm = output_norm
-        self.output_gate = get_activation("output_gate", output_gate)
-        self.dropout = dropout
-        self._dropout_mask = None
-        self.seed = plain_number(seed)  # Keras takes no other
-        self._output_shape = output_shape
-        self.use_bias = use_bias
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
-        self.kernel_constraint = keras.constraints.get(kernel_constraint)
-        self.bias_constraint = keras.constraints.get(bias_constraint)
-
-    def build(self, input_shape):
-        check_features("inputs", input_shape, "(batch, features)")
-        self.query_dense = self.make_dense(self.num_heads * self.key_dim, "query")
-        self.key_dense = self.make_dense(self.num_key_value_heads * self.key_dim, "key")
-        self.value_dense = self.make_dense(self.num_key_value_heads * self.value_dim, "value")
-        self.output_size = self._output_shape or input_shape[-1]
-        self.output_dense = self.make_dense(self.output_size, "output")
-        inner = [self.query_dense, self.key_dense, self.value_dense]
-        if self.output_gate is not None:
-            self.gate_dense = self.make_dense(self.num_heads * self.value_dim, "gate")
-            inner.append(self.gate_dense)
-        for dense in inner:
-            dense.build(input_shape)
-        self.output_dense.build((*input_shape[:-1], self.num_heads * self.value_dim))
-        if self.conv_kernel_size is not None:
-            self.conv = ShortConvolution(
-                self.conv_kernel_size,
-                self.conv_activation,
-                trainable=self.trainable,
-                dtype=self.state_dtype,
-                name="conv",
-            )
-            self.conv.build((*input_shape[:-1], sum(self._projected_sizes)))
-        if self.decay is not None:
-            policy = with_default(self.dtype_policy, self.state_dtype)
-            self.log_decay = LogDecay(
-                self.decay, self.num_heads, trainable=self.trainable, dtype=policy, name="decay"
-            )
-            self.log_decay.build(input_shape)
-        if self.qk_norm:
-            self.query_norm = self._norm("query_norm", self.key_dim)
-            self.key_norm = self._norm("key_norm", self.key_dim)
-        if self.output_norm:
-            self.norm = self._norm("norm", self.value_dim)
-        if self.dropout:
-            self.dropout_layer = keras.layers.Dropout(
-                self.dropout, seed=self.seed, dtype=self.dtype_policy, name="dropout"
-            )
-
-    @property
-    def state_dtype(self):
-        """The dtype of the states."""
-        return state_dtype(self.compute_dtype)
-
-    @property
-    def state_names(self):
-        """The names of the states, in order: the operator's, `"window"`, and `"position"`."""
-        conv = () if self.conv_kernel_size is None else ("window",)
-        rope = () if self.rope_max_wavelength is None else ("position",)
-        return self.operator.state_names + conv + rope
-
-    @property
-    def state_size(self):
-        """The shapes of the states, in order, without the batch axis."""
-        own_decays = self.decay is not None and not isinstance(self.decay, float)
-        moments = self.num_heads if own_decays else self.num_key_value_heads
-        value_dim = self.value_dim + self.normalize  # with a column for the denominator
-        sizes = [*self.operator.state_shapes(moments, self.num_heads, self.key_dim, value_dim)]
-        if self.conv_kernel_size is not None:
-            sizes.append((self.conv_kernel_size - 1, sum(self._projected_sizes)))
-        if self.rope_max_wavelength is not None:
-            sizes.append((2,))
-        return sizes
-
-    @property
-    def _projected_sizes(self):
-        """The sizes of all heads' queries, keys and values."""
-        key_value_heads = self.num_key_value_heads
-        return (
-            self.num_heads * self.key_dim,
-            key_value_heads * self.key_dim,
-            key_value_heads * self.value_dim,
-        )
-
     def get_initial_state(self, batch_size):
         """Returns the list of states before the first token: zeros."""
         return [ops.zeros((batch_size, *size), self.state_dtype) for size in self.state_size]
@@ -293,19 +120,13 @@ class HLACell(CompositeLayer, DropoutRNNCell):
     def call(self, inputs, states, training=None):
         self._check_dtypes(states)
         memory, context = self.split_states(states)
-        (query, key, value, log_decay), context = self.project(inputs[:, None], context)
-        if log_decay is not None and len(log_decay.shape) == 3:
-            log_decay = log_decay[:, 0]
-        output, memory = attention_step(
-            query[:, 0],
-            key[:, 0],
-            value[:, 0],
-            memory,
-            self.operator,
-            log_decay,
-            normalize=self.normalize,
-            epsilon=self.epsilon,
-        )
+        operands, context = self.project(inputs[:, None], context)
+        operands = arrange(*operands)
+        sizes = operands.state_shapes(self.operator, self.normalize)
+        memory = prepare_state("states", memory, self.operator, sizes, operands)
+        epsilon = self.epsilon if self.normalize else None
+        output, memory = evaluate(self.operator, operands, memory, form="step", epsilon=epsilon)
+        output = output[:, 0]
         output = self.finish(output, inputs)
         warn_of_redrawn_dropout(self, self, training)
         if training and self._dropout_mask is not None:
@@ -332,57 +153,98 @@ class HLACell(CompositeLayer, DropoutRNNCell):
         context = zip(self.state_names[memory:], states[memory:], strict=True)
         return list(states[:memory]), dict(context)
 
-    def project(self, sequences, context, mask=None, starts=None):
-        """The operator's inputs.
+    def project(self, sequences, context, mask=None, starts=None, return_context=True, fused=False):
+        """What the operator takes.
 
         Args:
             sequences: Tensor of shape `(batch, length, features)`.
-            context: Dictionary of the states before them, without the operator's.
+            context: Dictionary of the states before them, without the operator's. What is left
+                out is zero.
             mask: Boolean tensor of shape `(batch, length)`.
             starts: Boolean tensor of shape `(batch, length)`, true where a segment
                 starts that forgets all before it.
+            return_context: Whether the new context is wanted; without it is empty.
+            fused: Whether kernels compute the stages.
 
         Returns:
-            Query, key and value, `(batch, length, heads, dim)`, and the
-            log-decay, all in the dtype of the states; and the new context.
+            Query, key and value, `(batch, length, heads, dim)`, and the log-decay or `None`;
+            and the new context.
         """
-        projected = [
-            ops.cast(dense(sequences), self.state_dtype)
-            for dense in (self.query_dense, self.key_dense, self.value_dense)
-        ]
+        dtype = exchanged_dtype(self.compute_dtype)
+        denses = (self.query_dense, self.key_dense, self.value_dense)
+        projected = [ops.cast(dense(sequences), dtype) for dense in denses]
+        after = {}
         if self.conv_kernel_size is not None:
-            joint = ops.concatenate(projected, axis=-1)
-            joint, window = self.conv(joint, context["window"], mask=mask, starts=starts)
-            projected = ops.split(joint, np.cumsum(self._projected_sizes)[:-1].tolist(), axis=-1)
-            context = context | {"window": window}
+            projected, after["window"] = self._convolve(
+                projected, context.get("window"), mask, starts, return_context, fused
+            )
         query, key, value = projected
         query = _split_heads(query, self.num_heads, self.key_dim)
         key = _split_heads(key, self.num_key_value_heads, self.key_dim)
         value = _split_heads(value, self.num_key_value_heads, self.value_dim)
         if self.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
+            query = _normalize(query, self.query_norm, fused)
+            key = _normalize(key, self.key_norm, fused)
         if self.feature_map is not None:
-            query, key = self.feature_map(query), self.feature_map(key)
-        query = query * self.scale
-        if self.rope_max_wavelength is not None:
-            block, rest = split_position(context["position"])
-            before, total = _count(sequences, mask, rest.dtype)
-            angles = rotation(block, rest + before, self.key_dim, self.rope_max_wavelength)
-            query, key = (rotate(x, *angles) for x in (query, key))
-            context = context | {"position": join_position(block, rest + total)}
+            query, key = (
+                ops.cast(self.feature_map(ops.cast(x, self.state_dtype)), dtype)
+                for x in (query, key)
+            )
+        if self.rope_max_wavelength is None:
+            query = query * self.scale
+        else:
+            angles, after["position"] = self._angles(
+                sequences, context.get("position"), mask, return_context
+            )
+            query = stages.rotate(query, *angles, self.scale, fused)
+            key = stages.rotate(key, *angles, fused=fused)
         log_decay = None if self.decay is None else self.log_decay(sequences)
-        if starts is not None:
-            log_decay = forget_at(starts[..., None], log_decay, self.state_dtype)
-        return (query, key, value, log_decay), context
+        return (query, key, value, log_decay), after if return_context else {}
 
-    def finish(self, output, inputs):
+    def _convolve(self, projected, window, mask, starts, return_window, fused):
+        """The convolution of the projected queries, keys and values, and the window after it."""
+        splits = np.cumsum(self._projected_sizes)[:-1].tolist()
+        # Together where there is more to each call than to its products.
+        joint = mask is not None or is_single_token(projected[0])
+        kernels, windows = [ops.convert_to_tensor(self.conv.kernel)], [window]
+        if joint:
+            projected = [ops.concatenate(projected, axis=-1)]
+        else:
+            kernels = ops.split(kernels[0], splits, axis=-1)
+            windows = [None] * 3 if window is None else ops.split(window, splits, axis=-1)
+        parts = list(zip(projected, kernels, windows, strict=True))
+        projected = [
+            stages.convolve(x, kernel, self.conv_activation, before, mask, starts, fused)
+            for x, kernel, before in parts
+        ]
+        after = None
+        if return_window:
+            after = [
+                stages.last_window(x, self.conv_kernel_size, before, mask, starts)
+                for x, _, before in parts
+            ]
+            after = ops.cast(ops.concatenate(after, axis=-1), self.state_dtype)
+        return (ops.split(projected[0], splits, axis=-1) if joint else projected), after
+
+    def _angles(self, sequences, position, mask, return_position):
+        """The cosines and sines of the tokens' positions, and the position after them."""
+        before, total = _count(sequences, mask, self.state_dtype)
+        block, rest = (None, 0.0) if position is None else split_position(position)
+        angles = rotation(block, rest + before, self._turns)
+        if not return_position:
+            return angles, None
+        if position is None:
+            block = rest = ops.zeros((ops.shape(sequences)[0], 1), self.state_dtype)
+        return angles, join_position(block, rest + total)
+
+    def finish(self, output, inputs, fused=False):
         """From the operator's outputs `(..., heads, dim)` to the layer's, `(..., features)`."""
         if self.output_norm:
-            output = self.norm(output)
+            output = _normalize(output, self.norm, fused)
         *lead, heads, dim = ops.shape(output)
         output = ops.cast(ops.reshape(output, (*lead, heads * dim)), self.compute_dtype)
         if self.output_gate is not None:
-            output = output * self.output_gate(self.gate_dense(inputs))
+            output = stages.gate(output, self.gate_dense(inputs), self.output_gate, fused)
         return self.output_dense(output)
 
     def get_dropout_mask(self, step_input):
@@ -400,32 +262,6 @@ class HLACell(CompositeLayer, DropoutRNNCell):
         """Dropout, in training. It is apart because no part of a loop may draw random numbers."""
         return self.dropout_layer(output, training=training) if self.dropout else output
 
-    def _norm(self, name, dim):
-        norm = make_rms_norm(self.state_dtype, trainable=self.trainable, name=name)
-        norm.build((None, dim))
-        return norm
-
-    def make_dense(self, units, name, owner=None):
-        """A `Dense` layer with the bias, initializers, regularizers and constraints of this one.
-
-        Args:
-            units: Number of features.
-            name: Name of the layer.
-            owner: The `CompositeLayer` that it is in, if not the cell.
-        """
-        # Every projection needs an initializer of its own, or all would start with equal weights.
-        return make_dense(
-            int(units),
-            use_bias=self.use_bias,
-            kernel_initializer=_copy(self.kernel_initializer),
-            bias_initializer=_copy(self.bias_initializer),
-            kernel_regularizer=self.kernel_regularizer,
-            bias_regularizer=self.bias_regularizer,
-            kernel_constraint=self.kernel_constraint,
-            bias_constraint=self.bias_constraint,
-            **(owner or self).options_of(name),
-        )
-
     def compute_output_shape(self, input_shape, states_shape=None):
         states = [(input_shape[0], *size) for size in self.state_size]
         return (*input_shape[:-1], self._output_shape or input_shape[-1]), states
@@ -436,42 +272,13 @@ class HLACell(CompositeLayer, DropoutRNNCell):
             keras.KerasTensor(shape, self.state_dtype) for shape in states
         ]
 
-    def get_config(self):
-        config = {
-            "num_heads": self.num_heads,
-            "key_dim": self.key_dim,
-            "value_dim": self.value_dim,
-            "num_key_value_heads": self.num_key_value_heads,
-            "operator": self._operator_name,
-            "decay": self.decay,
-            "rope_max_wavelength": self.rope_max_wavelength,
-            "scale": self.scale,
-            "masked": self.masked,
-            "normalize": self.normalize,
-            "epsilon": self.epsilon,
-            "ridge": self.ridge,
-            "feature_map": serialize_activation(self.feature_map),
-            "conv_kernel_size": self.conv_kernel_size,
-            "conv_activation": serialize_activation(self.conv_activation),
-            "qk_norm": self.qk_norm,
-            "output_norm": self.output_norm,
-            "output_gate": serialize_activation(self.output_gate),
-            "dropout": self.dropout,
-            "output_shape": self._output_shape,
-            "use_bias": self.use_bias,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
-            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
-            "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
-            "bias_constraint": keras.constraints.serialize(self.bias_constraint),
-            "seed": self.seed,
-        }
-        return {**super().get_config(), **plain(config)}
-
 
 def _split_heads(x, heads, dim):
     return ops.reshape(x, (*ops.shape(x)[:-1], heads, dim))
+
+
+def _normalize(x, norm, fused):
+    return stages.rms_norm(x, ops.convert_to_tensor(norm.scale), norm.epsilon, fused)
 
 
 def _count(sequences, mask, dtype):
@@ -484,7 +291,3 @@ def _count(sequences, mask, dtype):
         before = count_tokens(mask) - mask
         total = ops.sum(mask, axis=1, keepdims=True)
     return ops.cast(before, dtype), ops.cast(total, dtype)
-
-
-def _copy(initializer):
-    return initializer.__class__.from_config(initializer.get_config())

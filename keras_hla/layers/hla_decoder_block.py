@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_hla import stages
 from keras_hla.checks import (
     as_tensor,
     check_features,
@@ -172,8 +173,10 @@ class HLADecoderBlock(CompositeLayer):
             check_mask(mask, *sequences.shape[:2])
             sequences = ops.where(ops.cast(mask, "bool")[..., None], sequences, 0)
         sequences = ops.cast(sequences, self.compute_dtype)
+        segmented = segment_ids is not None
+        fused = self.mixer.implementation_for(sequences, segmented).implementation == "triton"
         mixed = self.mixer(
-            self.mixer_norm(sequences),
+            _normalize(sequences, self.mixer_norm, fused),
             initial_state=initial_state,
             mask=mask,
             segment_ids=segment_ids,
@@ -181,8 +184,9 @@ class HLADecoderBlock(CompositeLayer):
         )
         mixed, *states = mixed if self.mixer.return_state else (mixed,)
         output = sequences + mixed
-        hidden = self.mlp_norm(output)
-        hidden = self.activation(self.gate_dense(hidden)) * self.up_dense(hidden)
+        hidden = _normalize(output, self.mlp_norm, fused)
+        gates = self.gate_dense(hidden)
+        hidden = stages.gate(self.up_dense(hidden), gates, self.activation, fused)
         warn_of_redrawn_dropout(self, self.cell, training)
         output = output + self.cell.drop(self.down_dense(hidden), training)
         return (output, *states) if states else output
@@ -215,3 +219,7 @@ class HLADecoderBlock(CompositeLayer):
             "norm_epsilon": self.norm_epsilon,
         }
         return {**mixer, **super().get_config(), **plain(config)}
+
+
+def _normalize(x, norm, fused):
+    return stages.rms_norm(x, ops.convert_to_tensor(norm.scale), norm.epsilon, fused)

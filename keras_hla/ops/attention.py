@@ -1,15 +1,20 @@
 """The operators over sequences, and over one token."""
 
-import functools
-
 from keras import ops
 import numpy as np
 
-from keras_hla import forms, kernels, operators
-from keras_hla.checks import check_choice, check_number, check_positive_int, check_rank
-from keras_hla.layout import group, ungroup, ungroup_sequence
+from keras_hla import kernels, operators
+from keras_hla.checks import (
+    check_choice,
+    check_noncausal,
+    check_number,
+    check_positive_int,
+    check_rank,
+    check_segments_allowed,
+)
+from keras_hla.evaluate import evaluate
+from keras_hla.inputs import prepare, prepare_state
 from keras_hla.ops.functional import functional
-from keras_hla.ops.inputs import prepare, prepare_state
 
 FORMS = ("chunked", "recurrent", "matrix")
 
@@ -141,8 +146,12 @@ def higher_order_attention(
     query, key, value = check_rank(
         4, "(batch, length, heads, dim)", query=query, key=key, value=value
     )
+    check_number("epsilon", epsilon, "a positive number", lambda x: x > 0)
     inputs = prepare(query, key, value, log_decay, mask, segment_ids)
-    choice = kernels.choose(
+    if initial_state is not None:
+        sizes = inputs.state_shapes(operator, normalize)
+        initial_state = prepare_state("initial_state", initial_state, operator, sizes, inputs)
+    how = kernels.choose(
         operator,
         dtype=inputs.query.dtype,
         key_dim=inputs.query.shape[-1],
@@ -155,17 +164,17 @@ def higher_order_attention(
         normalize=normalize,
         chunk_size=chunk_size,
     )
-    if choice.implementation == "triton":
-        evaluate = functools.partial(kernels.attention, return_state=return_state)
-    elif form == "chunked":
-        causal_form = functools.partial(forms.chunked, chunk_size=chunk_size)
-        evaluate = _grouped(causal_form if causal else forms.unordered)
-    elif form == "recurrent":
-        evaluate = _grouped(forms.recurrent)
-    else:
-        evaluate = _grouped(functools.partial(forms.matrix, causal=causal))
-    output, state = _evaluate(evaluate, operator, inputs, initial_state, normalize, epsilon)
-    output = ops.cast(output, query.dtype)
+    output, state = evaluate(
+        operator,
+        inputs,
+        initial_state,
+        form=form,
+        causal=causal,
+        return_state=return_state,
+        epsilon=epsilon if normalize else None,
+        chunk_size=chunk_size,
+        implementation=how.implementation,
+    )
     return (output, state) if return_state else output
 
 
@@ -266,61 +275,11 @@ def attention_step(
     query, key, value = (ops.expand_dims(x, 1) for x in (query, key, value))
     if log_decay is not None and np.ndim(log_decay) == 2:
         log_decay = ops.expand_dims(log_decay, 1)
-    inputs = prepare(query, key, value, log_decay, None)
-    evaluate = _grouped(forms.step)
-    output, state = _evaluate(evaluate, operator, inputs, state, normalize, epsilon, step=True)
-    return ops.cast(output[:, 0], query.dtype), state
-
-
-def check_noncausal(operator, log_decay, masked):
-    """Checks what goes with `causal=False`."""
-    if log_decay is not None or not masked:
-        raise ValueError(
-            "With `causal=False` tokens have no order: it goes with `log_decay=None`, and there "
-            f"is no mask for `masked=False` to leave out. Received: log_decay={log_decay}, "
-            f"masked={masked}"
-        )
-    if operator.exclusive:
-        raise ValueError(
-            f"Operator {type(operator).__name__} is defined by its causal recurrence, without a "
-            "form for `causal=False`. Received: causal=False"
-        )
-
-
-def check_segments_allowed(operator, causal):
-    """Checks what goes with `segment_ids`."""
-    if operator.exclusive or not causal:
-        raise ValueError(
-            "Argument `segment_ids` needs causal=True and an operator that reads no state from "
-            f"before a token. Received: causal={causal}, operator={type(operator).__name__}"
-        )
-
-
-def _evaluate(evaluate, operator, inputs, state, normalize, epsilon, step=False):
-    """The output and the list of states, on the values and, to normalize, on values of one.
-
-    `evaluate(operator, inputs, state)` takes and returns all in the public layout. A step needs
-    a state.
-    """
     check_number("epsilon", epsilon, "a positive number", lambda x: x > 0)
-    if normalize:
-        ones = ops.ones_like(inputs.value[..., :1])
-        inputs = inputs._replace(value=ops.concatenate([inputs.value, ones], axis=-1))
-    if step or state is not None:
-        name = "state" if step else "initial_state"
-        state = prepare_state(name, state, operator, inputs)
-    output, state = evaluate(operator, inputs, state)
-    if normalize:
-        output = output[..., :-1] / (output[..., -1:] + epsilon)
-    return output, state
-
-
-def _grouped(form):
-    """One of `keras_hla.forms` in the public layout."""
-
-    def evaluate(operator, inputs, state):
-        state = state and tuple(group(x, inputs.key.shape[2]) for x in state)
-        output, state = form(operator, *inputs.grouped(), state)
-        return ungroup_sequence(output), state and [ungroup(x) for x in state]
-
-    return evaluate
+    inputs = prepare(query, key, value, log_decay, None)
+    state = prepare_state(
+        "state", state, operator, inputs.state_shapes(operator, normalize), inputs
+    )
+    epsilon = epsilon if normalize else None
+    output, state = evaluate(operator, inputs, state, form="step", epsilon=epsilon)
+    return output[:, 0], state

@@ -4,9 +4,9 @@ from keras import ops
 
 from keras_hla import forms, operators
 from keras_hla.checks import check_rank
-from keras_hla.layout import group, ungroup
+from keras_hla.grouping import group, ungroup
+from keras_hla.inputs import prepare
 from keras_hla.ops.functional import functional
-from keras_hla.ops.inputs import prepare
 from keras_hla.ops.segment import check_segments, operator_of, segment
 
 

@@ -3,11 +3,10 @@
 from keras import ops
 
 from keras_hla import forms, operators
-from keras_hla.checks import check_number, check_rank
-from keras_hla.layout import ungroup
-from keras_hla.ops.attention import check_noncausal
+from keras_hla.checks import check_noncausal, check_number, check_rank
+from keras_hla.grouping import ungroup
+from keras_hla.inputs import prepare
 from keras_hla.ops.functional import functional
-from keras_hla.ops.inputs import prepare
 
 
 @functional

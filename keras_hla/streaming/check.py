@@ -6,7 +6,7 @@ import keras
 from keras import tree
 import numpy as np
 
-from keras_hla.backend import stateless, traced
+from keras_hla.backend.compiling import stateless, traced
 from keras_hla.layers.hla import HLA
 from keras_hla.layers.hla_decoder_block import HLADecoderBlock
 from keras_hla.layers.state_scope import StateScope

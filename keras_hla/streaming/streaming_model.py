@@ -7,9 +7,9 @@ from keras import ops
 
 from keras_hla.checks import check_shape
 from keras_hla.streaming.check import check_streams
+from keras_hla.streaming.model_as_layer import StreamedModel
 from keras_hla.streaming.model_call import ModelCall
 from keras_hla.streaming.snapshot import Snapshot
-from keras_hla.streaming.streamed_model import StreamedModel
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")

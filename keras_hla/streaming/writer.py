@@ -4,7 +4,7 @@ import keras
 from keras import ops
 import numpy as np
 
-from keras_hla.backend import compiled, compiled_scan
+from keras_hla.backend.compiling import compiled, compiled_scan
 from keras_hla.checks import check_shape
 from keras_hla.streaming.model_call import ModelCall
 from keras_hla.streaming.sampling import sample

@@ -1,9 +1,9 @@
-"""The states of segments, each from zero, and from these the states between them, in Triton."""
+"""The states of spans, each from zero, and from these the states between them, in Triton."""
 
 import triton
 import triton.language as tl
 
-from keras_hla.kernels.primitive import (
+from keras_hla.kernels.operator.primitive import (
     NUMBERS,
     advance,
     at_token,
@@ -16,7 +16,7 @@ from keras_hla.kernels.primitive import (
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def sum_kernel(
+def span_kernel(
     # inputs
     key,
     value,
@@ -24,10 +24,10 @@ def sum_kernel(
     # numbers
     length,
     heads,
-    segments,
-    segment_chunks,
+    spans,
+    span_chunks,
     # outputs
-    sums,
+    span_states,
     totals,
     # known when compiled
     POWER: tl.constexpr,
@@ -44,30 +44,30 @@ def sum_kernel(
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state that one segment of one head leaves, from zero, and `a^p` over it.
+    """The state that one span of one head leaves, from zero, and `a^p` over it.
 
     If `REVERSE`, the gradient of the state before it: `key` has the queries, `value` the
     gradients of the outputs.
     """
-    segment, row, batch, head = locate(segments, heads)
+    span, row, batch, head = locate(spans, heads)
 
     # In the place of the first token of the first chunk, or of the last.
     chunks = tl.cdiv(length, CHUNK)
-    steps = tl.minimum(segment_chunks, chunks - segment * segment_chunks)
-    chunk = segment * segment_chunks
+    chunk_count = tl.minimum(span_chunks, chunks - span * span_chunks)
+    chunk = span * span_chunks
     # What the last leaves, or backwards the first, none needs.
-    if segment == (0 if REVERSE else segments - 1):
-        steps = 0
-    step = 1
+    if span == (0 if REVERSE else spans - 1):
+        chunk_count = 0
+    direction = 1
     if REVERSE:
-        chunk += steps - 1
-        step = -1
+        chunk += chunk_count - 1
+        direction = -1
     token = batch * length + chunk * CHUNK
     key, key_stride = at_token(key, token, head, heads, KEY_GROUP, DIM)
     value, value_stride = at_token(value, token, head, heads, VALUE_GROUP, VALUE_DIM)
     decays += (row * chunks + chunk) * 4 * CHUNK
     state, decay = tl.zeros((VALUE_BLOCK, BLOCK), tl.float32), 1.0
-    for _ in range(steps):
+    for _ in range(chunk_count):
         _, _, from_start, to_end, total = load_decays(decays, DECAYS, CHUNK, PRODUCT)
         count = length - chunk * CHUNK
         k = load_rows(key, key_stride, count, DIM, CHUNK, BLOCK).to(PRODUCT)
@@ -78,13 +78,13 @@ def sum_kernel(
         state = advance(state, v, k, factor, total, POWER, DECAYS, PRECISION)
         if DECAYS:
             decay *= power(total, POWER)
-        chunk += step
-        key += step * CHUNK * key_stride
-        value += step * CHUNK * value_stride
-        decays += step * 4 * CHUNK
+        chunk += direction
+        key += direction * CHUNK * key_stride
+        value += direction * CHUNK * value_stride
+        decays += direction * 4 * CHUNK
 
     program = tl.program_id(0)
-    start = sums + program.to(tl.int64) * DIM * VALUE_DIM
+    start = span_states + program.to(tl.int64) * DIM * VALUE_DIM
     store_rows(start, DIM, VALUE_DIM, state, DIM, VALUE_BLOCK, BLOCK)
     if DECAYS:
         tl.store(totals + program, decay)
@@ -93,7 +93,7 @@ def sum_kernel(
 @triton.jit
 def state_between(
     state,
-    sums,
+    span_states,
     totals,
     place,
     count,
@@ -102,14 +102,14 @@ def state_between(
     VALUE_DIM: tl.constexpr,
     DECAYS: tl.constexpr,
 ):
-    """From the state at an end of the sequence to that beyond `count` segments.
+    """From the state at an end of the sequence to that beyond `count` spans.
 
-    `H_{m+1} = a_m^p H_m + sums_m`; the first has its sum at `place`, the next at `place + step`.
+    `H_{m+1} = a_m^p H_m + span_states_m`; the first is at `place`, the next at `place + step`.
     """
     for _ in range(count):
         if DECAYS:
             state *= tl.load(totals + place)
-        start = sums + place * DIM * VALUE_DIM
+        start = span_states + place * DIM * VALUE_DIM
         state += load_rows(start, DIM, VALUE_DIM, DIM, state.shape[0], state.shape[1])
         place += step
     return state

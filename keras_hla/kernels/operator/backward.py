@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from keras_hla.kernels.primitive import (
+from keras_hla.kernels.operator.primitive import (
     NUMBERS,
     advance,
     at_token,
@@ -15,7 +15,7 @@ from keras_hla.kernels.primitive import (
     scores,
     store_rows,
 )
-from keras_hla.kernels.sums import state_between
+from keras_hla.kernels.operator.spans import state_between
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -28,15 +28,15 @@ def backward_kernel(
     gradient,
     chunk_states,
     entering,
-    sums,
+    span_states,
     totals,
     dquery_before,
     dkey_before,
     # numbers
     length,
     heads,
-    segments,
-    segment_chunks,
+    spans,
+    span_chunks,
     # outputs
     dquery,
     dkey,
@@ -60,27 +60,27 @@ def backward_kernel(
     WIDE: tl.constexpr,
     REFINE: tl.constexpr,
     ENTERING: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    SPANS: tl.constexpr,
     LEAVING: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradients in one segment of one head, chunk by chunk from its end.
+    """The gradients in one span of one head, chunk by chunk from its end.
 
     Given are the states before the chunks, that `forward_kernel` stores, the gradient of the
-    state after the last token, if `ENTERING`, and if there are `SEGMENTS` what `sum_kernel`
+    state after the last token, if `ENTERING`, and if there are `SPANS` what `span_kernel`
     stores if `REVERSE`. Stores that of the state before the first token if `LEAVING`.
 
     Gradients of queries and keys are added to those `before`, of the passes after this one.
     Where keys are the values, theirs is that of both. For `flows` and `inners` see
     `decay_gradient_kernel`. To `REFINE` is not to round scores.
     """
-    segment, row, batch, head = locate(segments, heads)
+    span, row, batch, head = locate(spans, heads)
 
-    # In the place of the first token of the last chunk of the segment.
+    # In the place of the first token of the last chunk of the span.
     chunks = tl.cdiv(length, CHUNK)
-    steps = tl.minimum(segment_chunks, chunks - segment * segment_chunks)
-    last = segment * segment_chunks + steps - 1
+    chunk_count = tl.minimum(span_chunks, chunks - span * span_chunks)
+    last = span * span_chunks + chunk_count - 1
     token = batch * length + last * CHUNK
     stride, vstride = heads * DIM, heads * VALUE_DIM
     place, vplace = token * stride + head * DIM, token * vstride + head * VALUE_DIM
@@ -102,11 +102,13 @@ def backward_kernel(
     if ENTERING:
         start = entering + row * DIM * VALUE_DIM
         dstate = load_rows(start, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
-    if SEGMENTS:
-        place, after = row * segments + segments - 1, segments - 1 - segment
-        dstate = state_between(dstate, sums, totals, place, after, -1, DIM, VALUE_DIM, DECAYS)
+    if SPANS:
+        place, after = row * spans + spans - 1, spans - 1 - span
+        dstate = state_between(
+            dstate, span_states, totals, place, after, -1, DIM, VALUE_DIM, DECAYS
+        )
 
-    for _ in range(steps):
+    for _ in range(chunk_count):
         within, rests, from_start, to_end, total = load_decays(decays, DECAYS, CHUNK, PRODUCT)
         count = length - last * CHUNK  # of tokens from here on
         q = load_rows(query, stride, count, DIM, CHUNK, BLOCK).to(PRODUCT)
@@ -156,6 +158,6 @@ def backward_kernel(
         flows -= CHUNK
         inners -= 1
 
-    if LEAVING and segment == 0:
+    if LEAVING and span == 0:
         start = leaving + row * DIM * VALUE_DIM
         store_rows(start, DIM, VALUE_DIM, dstate, DIM, VALUE_BLOCK, BLOCK)

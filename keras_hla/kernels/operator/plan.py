@@ -4,25 +4,25 @@ import dataclasses
 import functools
 
 from keras_hla.kernels.device import interpreted
-from keras_hla.kernels.passes import passes_of
+from keras_hla.kernels.passes import Pass
 
-# Rows of batch and head from which on a single segment of each fills a large GPU; and programs
+# Rows of batch and head from which on a single span of each fills a large GPU; and programs
 # that are wanted where it does not, two for each of its processors.
 _ROWS = 96
 _PROGRAMS = 256
-# Chunks that a segment has at least, as each segment costs its states.
-_SEGMENT_CHUNKS = 8
+# Chunks that a span has at least, as each span costs its states.
+_SPAN_CHUNKS = 8
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # each is one of `geometry_of`
-class Geometry:
-    """The cut of one call: each head's sequence into segments, and those into chunks.
+@dataclasses.dataclass(frozen=True, eq=False)  # each is one of `plan_of`
+class Plan:
+    """The cut of one call: each head's sequence into spans, and those into chunks.
 
-    Segments run side by side, so that a few heads fill the chip. With several the keys and
-    values of a pass are read twice: first the states that segments leave are summed.
+    Spans run side by side, so that a few heads fill the chip. With several the keys and
+    values of a pass are read twice: first the states that spans leave are summed.
     """
 
-    passes: tuple
+    passes: tuple[Pass, ...]
     batch: int
     length: int
     heads: int
@@ -38,15 +38,15 @@ class Geometry:
         wide = max(self.dim, self.value_dim) > 64
         return 16 if wide and self.product_dtype == "float32" else 64
 
-    def options(self, one, backward):
+    def options(self, pass_, backward):
         """How a kernel is compiled. Four warps hold a state of 64 x 64, eight one of 128 x 128."""
-        wide, stages = self._wide(one), 1
+        wide, stages = self._wide(pass_), 1
         if self.product_dtype == "bfloat16":
             stages = 3 if not wide else 1 if backward else 2
         return {"num_warps": 8 if wide else 4, "num_stages": stages}
 
-    def _wide(self, one):
-        return max(self._dims[one.key], self._dims[one.value]) > 64
+    def _wide(self, pass_):
+        return max(self._dims[pass_.key], self._dims[pass_.value]) > 64
 
     @functools.cached_property
     def rows(self):
@@ -57,15 +57,15 @@ class Geometry:
         return -(-self.length // self.chunk)
 
     @functools.cached_property
-    def chunks_of_segment(self):
-        segments = max(1, _PROGRAMS // self.rows)
+    def chunks_of_span(self):
+        spans = max(1, _PROGRAMS // self.rows)
         if self.rows >= _ROWS:
-            segments = 1
-        return max(_SEGMENT_CHUNKS, -(-self.chunks // segments))
+            spans = 1
+        return max(_SPAN_CHUNKS, -(-self.chunks // spans))
 
     @functools.cached_property
-    def segments(self):
-        return -(-self.chunks // self.chunks_of_segment)
+    def spans(self):
+        return -(-self.chunks // self.chunks_of_span)
 
     @functools.cached_property
     def product_dtype(self):
@@ -76,36 +76,36 @@ class Geometry:
     @functools.cached_property
     def _dims(self):
         dims = {"query": self.dim, "key": self.dim, "value": self.value_dim}
-        for one in self.passes:
-            dims[one.output] = dims[one.value]
+        for pass_ in self.passes:
+            dims[pass_.output] = dims[pass_.value]
         return dims
 
     def sequence(self, name, dtype):
         """The shape and dtype of a tensor that passes take or give, with the query heads."""
         return (self.batch, self.length, self.heads, self._dims[name]), dtype
 
-    def state(self, one, count, dtype="float32"):
+    def state(self, pass_, count, dtype="float32"):
         """The shape and dtype of the state of a pass, transposed, `count` for each row."""
-        return (self.rows, count, self._dims[one.value], self._dims[one.key]), dtype
+        return (self.rows, count, self._dims[pass_.value], self._dims[pass_.key]), dtype
 
-    def constants(self, one):
+    def constants(self, pass_):
         """What the kernels know of a pass when they are compiled."""
-        dim, value_dim = self._dims[one.key], self._dims[one.value]
+        dim, value_dim = self._dims[pass_.key], self._dims[pass_.value]
         return {
-            "POWER": one.power,
-            "KEY_GROUP": self._group_of(one.key),
-            "VALUE_GROUP": self._group_of(one.value),
+            "POWER": pass_.power,
+            "KEY_GROUP": self._group_of(pass_.key),
+            "VALUE_GROUP": self._group_of(pass_.value),
             "DIM": dim,
             "VALUE_DIM": value_dim,
             "CHUNK": self.chunk,
             "BLOCK": _block(dim),
             "VALUE_BLOCK": _block(value_dim),
-            "SAME": one.key == one.value,
-            "SEGMENTS": self.segments > 1,
+            "SAME": pass_.key == pass_.value,
+            "SPANS": self.spans > 1,
             "DECAYS": self.decays,
-            "WIDE": self._wide(one),
+            "WIDE": self._wide(pass_),
             # With decays close tokens count for most, which states, kept in float32, do not hold.
-            "REFINE": self.decays and not self._wide(one),
+            "REFINE": self.decays and not self._wide(pass_),
             "PRECISION": "tf32x3",  # of products of float32; others are exact
         }
 
@@ -114,10 +114,7 @@ class Geometry:
         return self.heads // self.key_heads if name in ("key", "value") else 1
 
 
-@functools.lru_cache(maxsize=256)  # as a call finds out much, for kernels that take no longer
-def geometry_of(operator, *arguments):
-    """The `Geometry` of an operator; its other arguments are those after `passes`."""
-    return Geometry(passes_of(operator), *arguments)
+plan_of = functools.lru_cache(maxsize=256)(Plan)  # as a call finds out much, for short kernels
 
 
 def _block(dim):

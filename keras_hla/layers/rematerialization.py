@@ -1,21 +1,21 @@
-"""Long sequences in small memory: piece by piece, each computed again for its gradients."""
+"""Rematerialization: long sequences in small memory, each part computed again for its gradients."""
 
 from keras import ops
 
-from keras_hla.backend import scan_recomputed
+from keras_hla.backend.loops import scan_recomputed
 
 
-def scan_in_pieces(function, states, inputs, longest, variables):
-    """`function(states, **inputs)` for one piece of the inputs after the other.
+def scan_rematerialized(function, states, inputs, longest, variables):
+    """`function(states, **inputs)` for one part of the inputs after the other.
 
-    The backward pass keeps the states between the pieces, and what `function`
-    computes inside of the one piece at which it is.
+    The backward pass keeps the states between the parts, and what `function`
+    computes inside of the one part at which it is.
 
     Args:
         function: returns outputs `(batch, length, ...)` and a tuple of states.
-        states: states before the first piece.
+        states: states before the first part.
         inputs: dictionary of tensors `(batch, length, ...)`, or `None`, by name.
-        longest: largest length of a piece.
+        longest: largest length of a part.
         variables: list of the variables that `function` reads.
 
     Returns:
@@ -23,12 +23,12 @@ def scan_in_pieces(function, states, inputs, longest, variables):
     """
     inputs = {name: x for name, x in inputs.items() if x is not None}
 
-    def one_piece(states, piece):
-        return function(states, **dict(zip(inputs, piece, strict=True)))
+    def one_part(states, part):
+        return function(states, **dict(zip(inputs, part, strict=True)))
 
     def scan(start, end, size):
-        pieces = tuple(_cut(x[:, start:end], size) for x in inputs.values())
-        output, last = scan_recomputed(one_piece, states, pieces, variables)
+        parts = tuple(_cut(x[:, start:end], size) for x in inputs.values())
+        output, last = scan_recomputed(one_part, states, parts, variables)
         return _join(output), last
 
     length = next(iter(inputs.values())).shape[1]
@@ -44,12 +44,12 @@ def scan_in_pieces(function, states, inputs, longest, variables):
 
 
 def _cut(x, size):
-    """`(batch, length, ...)` to `(pieces, batch, size, ...)`."""
+    """`(batch, length, ...)` to `(parts, batch, size, ...)`."""
     batch, length, *rest = ops.shape(x)
     return ops.swapaxes(ops.reshape(x, (batch, length // size, size, *rest)), 0, 1)
 
 
 def _join(x):
     """Undoes `_cut`."""
-    pieces, batch, size, *rest = ops.shape(x)
-    return ops.reshape(ops.swapaxes(x, 0, 1), (batch, pieces * size, *rest))
+    parts, batch, size, *rest = ops.shape(x)
+    return ops.reshape(ops.swapaxes(x, 0, 1), (batch, parts * size, *rest))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from keras_hla.kernels.primitive import (
+from keras_hla.kernels.operator.primitive import (
     NUMBERS,
     advance,
     at_token,
@@ -14,7 +14,7 @@ from keras_hla.kernels.primitive import (
     scores,
     store_rows,
 )
-from keras_hla.kernels.sums import state_between
+from keras_hla.kernels.operator.spans import state_between
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -25,13 +25,13 @@ def forward_kernel(
     value,
     decays,
     entering,
-    sums,
+    span_states,
     totals,
     # numbers
     length,
     heads,
-    segments,
-    segment_chunks,
+    spans,
+    span_chunks,
     # outputs
     output,
     leaving,
@@ -49,22 +49,22 @@ def forward_kernel(
     DECAYS: tl.constexpr,
     WIDE: tl.constexpr,
     ENTERING: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    SPANS: tl.constexpr,
     SAVE: tl.constexpr,
     LEAVING: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The outputs of one segment of one head, chunk by chunk.
+    """The outputs of one span of one head, chunk by chunk.
 
-    Given are the state before the first token, if `ENTERING`, and if there are `SEGMENTS` what
-    `sum_kernel` stores. Stores the state before each chunk too, if `SAVE`, and if `LEAVING` that
+    Given are the state before the first token, if `ENTERING`, and if there are `SPANS` what
+    `span_kernel` stores. Stores the state before each chunk too, if `SAVE`, and if `LEAVING` that
     after the last token. `SAME` is for keys that are the values as well.
     """
-    segment, row, batch, head = locate(segments, heads)
+    span, row, batch, head = locate(spans, heads)
 
-    # In the place of the first token of the segment.
-    first = segment * segment_chunks
+    # In the place of the first token of the span.
+    first = span * span_chunks
     token = batch * length + first * CHUNK
     query += (token * heads + head) * DIM
     key, key_stride = at_token(key, token, head, heads, KEY_GROUP, DIM)
@@ -77,12 +77,12 @@ def forward_kernel(
     if ENTERING:
         start = entering + row * DIM * VALUE_DIM
         state = load_rows(start, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
-    if SEGMENTS:
-        place = row * segments
-        state = state_between(state, sums, totals, place, segment, 1, DIM, VALUE_DIM, DECAYS)
+    if SPANS:
+        place = row * spans
+        state = state_between(state, span_states, totals, place, span, 1, DIM, VALUE_DIM, DECAYS)
 
-    steps = tl.minimum(segment_chunks, chunks - first)
-    for _ in range(steps):
+    chunk_count = tl.minimum(span_chunks, chunks - first)
+    for _ in range(chunk_count):
         within, rests, from_start, to_end, total = load_decays(decays, DECAYS, CHUNK, PRODUCT)
         count = length - first * CHUNK  # of tokens left
         if SAVE:
@@ -104,6 +104,6 @@ def forward_kernel(
         decays += 4 * CHUNK
         chunk_states += DIM * VALUE_DIM
 
-    if LEAVING and segment == segments - 1:
+    if LEAVING and span == spans - 1:
         start = leaving + row * DIM * VALUE_DIM
         store_rows(start, DIM, VALUE_DIM, state, DIM, VALUE_BLOCK, BLOCK)

@@ -1,9 +1,7 @@
-"""From the arguments of the public functions to what evaluates them."""
+"""What every way to evaluate an operator takes: checked tensors, masked, with bounded decays."""
 
-import math
 from typing import Any, NamedTuple
 
-import keras
 from keras import ops
 
 from keras_hla.checks import (
@@ -14,14 +12,16 @@ from keras_hla.checks import (
     check_segment_ids,
     check_states,
 )
-from keras_hla.layout import apply_mask, group, group_sequence, segment_starts, spread_log_decay
+from keras_hla.grouping import group, group_sequence, spread_log_decay
+from keras_hla.masking import apply_mask, forget_at, segment_starts
+from keras_hla.precision import state_dtype
 from keras_hla.scan import bound
 
 
 class Inputs(NamedTuple):
-    """Checked tensors, masked.
+    """Query, key, value and log-decay.
 
-    Query, key and value are `(batch, length, heads, dim)`, in their own dtype; the log-decay
+    The first three are `(batch, length, heads, dim)`, in their own dtype; the log-decay
     is `(batch or 1, length, heads, key heads or 1)`, in the dtype of the states, or `None`.
     """
 
@@ -35,6 +35,11 @@ class Inputs(NamedTuple):
         """The number of heads of the states that keys alone make: more than theirs with decays."""
         key_heads = self.key.shape[2]
         return key_heads if self.log_decay is None else max(key_heads, self.log_decay.shape[2])
+
+    def state_shapes(self, operator, normalize=False):
+        """The shapes `(heads, rows, columns)` of the states, with a denominator or not."""
+        _, _, heads, dim = self.query.shape
+        return operator.state_shapes(self.moments, heads, dim, self.value.shape[-1] + normalize)
 
     def grouped(self):
         """These in the dtype of the states and grouped by key head, as `keras_hla.forms` takes."""
@@ -54,41 +59,39 @@ def prepare(query, key, value, log_decay, mask, segment_ids=None):
     log_decay = check_log_decay(log_decay, batch, length, (heads, key.shape[2]))
     mask = as_tensor("mask", mask, optional=True)
     segment_ids = as_tensor("segment_ids", segment_ids, optional=True)
+    starts = None
     if mask is not None:
         check_mask(mask, batch, length)
         mask = ops.cast(mask, "bool")
     if segment_ids is not None:
         check_segment_ids(segment_ids, batch, length)
+        starts = segment_starts(ops.convert_to_tensor(segment_ids), mask)
+    return arrange(query, key, value, log_decay, mask, starts)
 
+
+def arrange(query, key, value, log_decay, mask=None, starts=None):
+    """`Inputs` of what has been checked.
+
+    Args:
+        query, key, value: tensors of shape `(batch, length, heads, dim)`.
+        log_decay: anything broadcastable to `(batch, length, heads)`, or `None`.
+        mask: boolean tensor of shape `(batch, length)`. `None` masks nothing.
+        starts: boolean tensor of shape `(batch, length)`, true where all before is forgotten.
+    """
     dtype = state_dtype(query.dtype)
     if log_decay is not None:
         log_decay = spread_log_decay(log_decay, ops.shape(query)[1], dtype)
     if mask is not None:
         query, key, value, log_decay = apply_mask(mask, query, key, value, log_decay)
-    if segment_ids is not None:
-        starts = segment_starts(ops.convert_to_tensor(segment_ids), mask)
+    if starts is not None:
         log_decay = forget_at(starts[..., None], log_decay, dtype)
     if log_decay is not None:
         log_decay = bound(log_decay)
     return Inputs(query, key, value, log_decay)
 
 
-def prepare_state(name, state, operator, inputs):
+def prepare_state(name, state, operator, shapes, inputs):
     """Checks the argument `name`, a list of states, and returns it in the dtype of states."""
-    batch, _, heads, dim = inputs.query.shape
-    shapes = operator.state_shapes(inputs.moments, heads, dim, inputs.value.shape[-1])
-    state = check_states(name, state, batch, shapes, operator.state_names)
+    state = check_states(name, state, inputs.query.shape[0], shapes, operator.state_names)
     dtype = state_dtype(inputs.query.dtype)
     return [ops.cast(x, dtype) for x in state]
-
-
-def forget_at(starts, log_decay, dtype):
-    """The log-decay with which tokens at `starts` forget all before them."""
-    log_decay = 0.0 if log_decay is None else log_decay
-    return ops.cast(ops.where(starts, -math.inf, log_decay), dtype)
-
-
-def state_dtype(dtype):
-    """The dtype of states for inputs of `dtype`: float32, or float64 for float64."""
-    dtype = keras.backend.standardize_dtype(dtype)
-    return "float64" if dtype == "float64" else "float32"

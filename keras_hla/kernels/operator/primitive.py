@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 # Numbers that one compiled kernel serves all of, as what is known of them changes no instruction.
-NUMBERS = ("length", "heads", "segment_chunks")
+NUMBERS = ("length", "heads", "span_chunks")
 
 
 @triton.jit
@@ -124,12 +124,12 @@ def power(x, POWER: tl.constexpr):
 
 
 @triton.jit
-def locate(segments, heads):
-    """What a program evaluates: a segment, a row of batch and head, and which these are."""
+def locate(spans, heads):
+    """What a program evaluates: a span, a row of batch and head, and which these are."""
     program = tl.program_id(0)
-    segment = program % segments
-    row = (program // segments).to(tl.int64)
-    return segment, row, row // heads, row % heads
+    span = program % spans
+    row = (program // spans).to(tl.int64)
+    return span, row, row // heads, row % heads
 
 
 @triton.jit

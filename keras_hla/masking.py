@@ -1,53 +1,9 @@
-"""From the public layout of tensors to the grouped one of the operators, and back.
+"""Masks and packed sequences: tensors of `(batch, length)`, and what follows from them."""
 
-Public tensors are `(batch, length, heads, dim)`, states `(batch, heads, rows,
-columns)`. Inside, heads are two axes, `(key heads, group)`, so that query heads
-which share a key head broadcast against it.
-"""
+import math
 
 from keras import ops
 import numpy as np
-
-from keras_hla.backend import contiguous
-
-
-def group(x, key_heads, axis=1):
-    """Splits the axis of the heads into `(key_heads, group)`; a single head stays one."""
-    shape = ops.shape(x)
-    axis = axis % len(shape)
-    heads = shape[axis]
-    split = (key_heads, heads // key_heads) if heads % key_heads == 0 else (1, heads)
-    return ops.reshape(x, (*shape[:axis], *split, *shape[axis + 1 :]))
-
-
-def ungroup(x, axis=1):
-    """Undoes `group`, `axis` being that of the key heads."""
-    shape = ops.shape(x)
-    axis = axis % len(shape)
-    heads = shape[axis] * shape[axis + 1]
-    return ops.reshape(x, (*shape[:axis], heads, *shape[axis + 2 :]))
-
-
-def group_sequence(x, key_heads):
-    """`(batch, length, heads, dim)` to `(batch, key_heads, group, length, dim)`."""
-    return group(contiguous(ops.swapaxes(x, 1, 2)), key_heads)
-
-
-def ungroup_sequence(x):
-    """`(batch, key heads, group, length, dim)` to `(batch, length, heads, dim)`."""
-    return ops.swapaxes(ungroup(x), 1, 2)
-
-
-def spread_log_decay(log_decay, length, dtype):
-    """Anything broadcastable to `(batch, length, heads)`, over the length.
-
-    Batch and heads keep the size 1 where they do not differ.
-    """
-    log_decay = ops.cast(ops.convert_to_tensor(log_decay), dtype)
-    missing = 3 - len(log_decay.shape)
-    log_decay = ops.reshape(log_decay, (*[1] * missing, *ops.shape(log_decay)))
-    batch, _, heads = ops.shape(log_decay)
-    return ops.broadcast_to(log_decay, (batch, length, heads))
 
 
 def segment_starts(segment_ids, mask):
@@ -116,3 +72,9 @@ def apply_mask(mask, query, key, value, log_decay):
     if log_decay is not None:
         log_decay = ops.where(mask, log_decay, 0)
     return query, key, value, log_decay
+
+
+def forget_at(starts, log_decay, dtype):
+    """The log-decay with which tokens at `starts` forget all before them."""
+    log_decay = 0.0 if log_decay is None else log_decay
+    return ops.cast(ops.where(starts, -math.inf, log_decay), dtype)

@@ -1,0 +1,100 @@
+"""What is traced and compiled, on each backend of Keras."""
+
+import functools
+import weakref
+
+import keras
+
+from keras_hla.backend.loops import scan_serially
+
+
+def traced(function, *inputs):
+    """What the function returns, where the contents of tensors do not matter."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        kept = []
+
+        def keep(*inputs):
+            kept.append(function(*inputs))
+
+        jax.eval_shape(keep, *inputs)
+        return kept[0]
+    return function(*inputs)
+
+
+def stateless(function, variables, jit=True):
+    """`f(values, *inputs)`: the function with values in the place of the variables', for inference.
+
+    Args:
+        function: takes nests of tensors, returns a nest of tensors.
+        variables: list of the `keras.Variable`s that it reads.
+        jit: whether JAX compiles it.
+    """
+    # What is compiled must not keep weights in memory that their layer has replaced.
+    references = [weakref.ref(v) for v in variables]
+
+    def with_values(values, *inputs):
+        mapping = ((reference(), x) for reference, x in zip(references, values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping):
+            return function(*inputs)
+
+    if keras.config.backend() == "jax" and jit:
+        import jax
+
+        return jax.jit(with_values)
+    if keras.config.backend() == "torch":
+        import torch
+
+        return torch.no_grad()(with_values)
+    return with_values
+
+
+def compiled(function, variables, jit_compile=None):
+    """The function for inference, compiled anew for each combination of shapes.
+
+    Args:
+        function: takes and returns nests of tensors.
+        variables: list of the `keras.Variable`s that it reads, whose values may change. Only
+            weak references to them are kept.
+        jit_compile: under TensorFlow, whether XLA compiles it, as in `tf.function`.
+    """
+    call = stateless(function, variables)
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # A partial one, or TensorFlow warns of the traces of all that is compiled here together.
+        call = tf.function(functools.partial(call), autograph=False, jit_compile=jit_compile)
+    values = _values(variables)
+    return lambda *inputs: call(values(), *inputs)
+
+
+def _values(variables):
+    """A function that returns the values of variables at the time, as a list."""
+    # Under TensorFlow they are its variables, as XLA would copy tensors at each call.
+    references: list = [weakref.ref(v) for v in variables]
+    return lambda: [reference().value for reference in references]
+
+
+def compiled_scan(step, variables, output_dtype=None):
+    """`scan(state, inputs)`, that is `scan_serially` of the step, for inference.
+
+    It is compiled anew for each combination of shapes. Under PyTorch the step alone is
+    traced, for a loop in Python; one that cannot be traced runs as it is, with a warning.
+
+    Args:
+        step: as in `scan_serially`.
+        variables: as in `compiled`.
+        output_dtype: as in `scan_serially`.
+    """
+    if keras.config.backend() == "torch":
+        from keras_hla.backend.torch_loop import TracedLoop
+
+        loop, values = TracedLoop(stateless(step, variables)), _values(variables)
+        return lambda state, inputs: loop(values(), state, inputs)
+
+    def scan(state, inputs):
+        return scan_serially(step, state, inputs, output_dtype)
+
+    # XLA takes longer to compile, and makes a loop of small steps 20 times as fast.
+    return compiled(scan, variables, jit_compile=True)

@@ -1,0 +1,6 @@
+"""Launches of kernels, and functions made of them, under PyTorch and JAX."""
+
+from keras_hla.kernels.launching.kernel_function import KernelFunction
+from keras_hla.kernels.launching.launch import Launch
+
+__all__ = ["KernelFunction", "Launch"]

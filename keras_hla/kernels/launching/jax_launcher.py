@@ -1,0 +1,50 @@
+"""Launches under JAX, by jax-triton."""
+
+import functools
+
+import jax
+import jax_triton
+
+
+def register(function):
+    """Does nothing: JAX traces what a `KernelFunction` does."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def call(function, options, tensors):
+    """Evaluates a `KernelFunction`, differentiably."""
+    results, _ = function.evaluate(run, options, tensors, False)
+    return results
+
+
+def _forward(function, options, tensors):
+    results, saved = function.evaluate(run, options, tensors, True)
+    return results, (tensors, saved)
+
+
+def _backward(function, options, residuals, results):
+    tensors, saved = residuals
+    wanted = tuple(name for name, x in tensors.items() if jax.numpy.issubdtype(x.dtype, "floating"))
+    found = function.gradients(run, options, tensors, saved, results, wanted)
+    return ({name: found.get(name) for name in tensors},)
+
+
+call.defvjp(_forward, _backward)
+
+
+def run(launch, inputs):
+    """Launches a kernel, and returns its outputs."""
+    # Without `launch.in_place`: from 0.4 on jax-triton's kernels have no parameter for an output
+    # that takes the place of an input.
+    inputs = [inputs[0] if x is None else x for x in inputs]
+    shapes = [jax.ShapeDtypeStruct(*(x or ((1,), "float32"))) for x in launch.outputs]
+    results = jax_triton.triton_call(
+        *inputs,
+        *launch.numbers,
+        kernel=launch.kernel,
+        out_shape=shapes,
+        grid=launch.grid,
+        **launch.constants,
+        **launch.options,
+    )
+    return tuple(None if x is None else r for x, r in zip(launch.outputs, results, strict=True))

@@ -1,0 +1,23 @@
+"""One launch of a kernel, as far as it is known before its inputs."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Launch:
+    """A kernel and all that it gets besides its inputs.
+
+    The arguments of the kernel are the inputs, `numbers`, what is allocated for `outputs`, and
+    `constants`. It neither reads nor writes an input or output that is `None`, but gets an address
+    for it.
+    """
+
+    kernel: Any
+    grid: tuple
+    numbers: tuple
+    outputs: tuple  # of pairs `(shape, dtype)`, or `None` for what the kernel does not store
+    constants: dict
+    options: dict = dataclasses.field(default_factory=dict)
+    in_place: dict = dataclasses.field(default_factory=dict)  # outputs: the inputs they overwrite
+    compiled: dict = dataclasses.field(default_factory=dict)  # by device, for the backend

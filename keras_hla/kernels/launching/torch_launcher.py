@@ -1,0 +1,156 @@
+"""Launches under PyTorch: at once, or as custom operators where a graph is compiled."""
+
+import ast
+import functools
+
+import torch
+
+_ALIGNMENT = 16  # bytes, of the addresses that kernels are compiled for
+_SCHEMA = "(Tensor[] tensors, str description) -> Tensor[]"
+_GRADIENT_SCHEMA = (
+    "(Tensor[] tensors, Tensor[] saved, Tensor[] gradients, str description) -> Tensor[]"
+)
+
+_OPERATORS: dict = {}  # by the name of their function
+
+
+def call(function, options, tensors):
+    """Evaluates a `KernelFunction`, differentiably."""
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
+    if torch.compiler.is_compiling():
+        names = tuple(tensors)
+        count = len(function.shapes(options, tensors, False)[0])
+        description = repr((options, names, needed, count))
+        return tuple(_OPERATORS[function.name]([*tensors.values()], description)[:count])
+    if not needed:
+        tensors = {name: _as_kernels_take_it(x) for name, x in tensors.items()}
+        return function.evaluate(run, options, tensors, False)[0]
+    return _Differentiable.apply(function, options, tuple(tensors), *tensors.values())
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, options, names, *tensors):
+        tensors = [_as_kernels_take_it(x) for x in tensors]
+        results, saved = function.evaluate(
+            run, options, dict(zip(names, tensors, strict=True)), True
+        )
+        ctx.call = function, options, names
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *saved)
+        return results
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        if torch.is_grad_enabled():  # with `create_graph=True`
+            _refuse_gradients_of_gradients()
+        function, options, names = ctx.call
+        wanted = [x for x, n in zip(names, ctx.needs_input_grad[3:], strict=True) if n]
+        tensors, saved = ctx.saved_tensors[: len(names)], ctx.saved_tensors[len(names) :]
+        tensors = dict(zip(names, tensors, strict=True))
+        gradients = tuple(x if x is None else _as_kernels_take_it(x) for x in gradients)
+        found = function.gradients(run, options, tensors, saved, gradients, wanted)
+        return None, None, None, *map(found.get, names)
+
+
+def register(function):
+    """Registers the custom operators of a `KernelFunction`: of its results, and of its gradients.
+
+    The first returns what is saved for the second, too.
+    """
+
+    def evaluate(tensors, description):
+        options, names, save, _ = _parse(description)
+        tensors = dict(zip(names, map(_as_kernels_take_it, tensors), strict=True))
+        results, saved = function.evaluate(run, options, tensors, save)
+        return [*results, *saved]
+
+    def shapes(tensors, description):
+        options, names, save, _ = _parse(description)
+        results, saved = function.shapes(options, dict(zip(names, tensors, strict=True)), save)
+        return [_allocate(tensors[0], x) for x in (*results, *saved)]
+
+    def gradients(tensors, saved, gradients, description):
+        options, names, wanted, given = _parse(description)
+        tensors = dict(zip(names, map(_as_kernels_take_it, tensors), strict=True))
+        gradients = iter(map(_as_kernels_take_it, gradients))
+        gradients = tuple(next(gradients) if x else None for x in given)
+        found = function.gradients(run, options, tensors, saved, gradients, wanted)
+        return [found[name] for name in wanted]
+
+    def gradient_shapes(tensors, saved, gradients, description):
+        _, names, wanted, _ = _parse(description)
+        tensors = dict(zip(names, tensors, strict=True))
+        return [torch.empty_like(tensors[x]).contiguous() for x in wanted]
+
+    library, name = torch.library, f"keras_hla::{function.name}"
+    operator = library.custom_op(name, evaluate, mutates_args=(), schema=_SCHEMA)
+    operator.register_fake(shapes)
+    of_gradients = library.custom_op(
+        f"{name}_gradients", gradients, mutates_args=(), schema=_GRADIENT_SCHEMA
+    )
+    of_gradients.register_fake(gradient_shapes)
+    of_gradients.register_autograd(lambda ctx, *_: _refuse_gradients_of_gradients())
+
+    def keep(ctx, inputs, output):
+        tensors, description = inputs
+        ctx.description = description
+        _, names, _, count = _parse(description)
+        ctx.set_materialize_grads(False)
+        ctx.wanted = tuple(n for n, x in zip(names, tensors, strict=True) if x.requires_grad)
+        ctx.save_for_backward(*tensors, *output[count:])
+
+    def backward(ctx, gradients):
+        options, names, _, count = _parse(ctx.description)
+        tensors, saved = ctx.saved_tensors[: len(names)], ctx.saved_tensors[len(names) :]
+        gradients = gradients[:count]
+        given = tuple(x is not None for x in gradients)
+        description = repr((options, names, ctx.wanted, given))
+        some = [x for x in gradients if x is not None]
+        found = of_gradients([*tensors], [*saved], some, description)
+        found = dict(zip(ctx.wanted, found, strict=True))
+        return [found.get(name) for name in names], None
+
+    operator.register_autograd(backward, setup_context=keep)
+    _OPERATORS[function.name] = operator
+
+
+_parse = functools.lru_cache(maxsize=1024)(ast.literal_eval)
+
+
+def _refuse_gradients_of_gradients():
+    raise RuntimeError("The kernels have no gradients of gradients. Use implementation='portable'.")
+
+
+def _as_kernels_take_it(x):
+    """A tensor with its elements in order, at an aligned address, as nearly all are."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % _ALIGNMENT else x
+
+
+def _allocate(like, spec):
+    shape, dtype = spec
+    return like.new_empty(shape, dtype=getattr(torch, dtype))
+
+
+def run(launch, inputs):
+    """Launches a kernel, and returns its outputs."""
+    some = inputs[0]
+    results = []
+    for i, x in enumerate(launch.outputs):
+        if i in launch.in_place:
+            results.append(inputs[launch.in_place[i]])
+        else:
+            results.append(None if x is None else _allocate(some, x))
+    arguments = [some if x is None else x for x in (*inputs, *launch.numbers, *results)]
+    with torch.cuda.device_of(some):
+        compiled = launch.compiled.get(some.device)
+        if compiled is None:
+            compiled = launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
+            launch.compiled[some.device] = compiled  # `None` if interpreted
+        else:
+            # Without asking again for what the arguments are like, which takes longer than the
+            # kernel: the launch has their dtypes and numbers, and addresses are aligned.
+            grid = (*launch.grid, 1, 1)[:3]
+            compiled[grid](*arguments, *launch.constants.values())
+    return tuple(results)

@@ -1,0 +1,125 @@
+"""The kernels of a call of an operator in order, forward and backward.
+
+States are in the order of the operator's, as in `Plan.state`, float32.
+"""
+
+from keras import ops
+
+from keras_hla.kernels.launching import KernelFunction
+from keras_hla.kernels.operator import launches
+from keras_hla.kernels.operator.plan import Plan, plan_of
+
+
+def evaluate(run, options, tensors, save):
+    """Returns the output and the states after it; and for `gradients` more, if `save`.
+
+    Args:
+        run: as in `KernelFunction`, as are the others.
+        options: the tuple of the passes, and whether the states after it are wanted.
+        tensors: `"query"`, `"key"` and `"value"`, `(batch, length, heads, dim)`; `"log_decay"`,
+            `(batch or 1, length, heads or 1)`, float32; and the states before the first token,
+            by their places.
+        save: whether to return the states before each chunk, and what a pass gives to another.
+    """
+    _, return_state = options
+    plan = _plan(plan_of, options, tensors)
+    decays = _decays(run, plan, tensors)
+    known = {name: tensors[name] for name in ("query", "key", "value")}
+    leaving, chunk_states = {}, []
+    for pass_ in plan.passes:
+        state, a, b = tensors.get(f"state {pass_.state}"), known[pass_.key], known[pass_.value]
+        launch = launches.forward(plan, pass_, state is not None, save, return_state)
+        inputs = (known["query"], a, b, decays, state)
+        inputs += _span_states(run, plan, pass_, a, b, decays, False)
+        known[pass_.output], leaving[pass_.state], saved = run(launch, inputs)
+        chunk_states.append(saved)
+    results = [known[plan.passes[-1].output]]
+    results += [leaving[i] for i in sorted(leaving)] if return_state else []
+    exchanged = [known[pass_.output] for pass_ in plan.passes[:-1]]
+    return tuple(results), (*exchanged, *chunk_states) if save else ()
+
+
+def gradients(run, options, tensors, saved, results, wanted):
+    """Returns the gradients of the wanted tensors, from those of the output and the states."""
+    plan = _plan(plan_of, options, tensors)
+    decays = _decays(run, plan, tensors)
+    count = len(plan.passes) - 1
+    exchanged, chunk_states = saved[:count], saved[count:]
+    query = tensors["query"]
+    known = {name: tensors[name] for name in ("query", "key", "value")}
+    known |= zip((pass_.output for pass_ in plan.passes[:-1]), exchanged, strict=True)
+    gradient, *of_states = results
+    if gradient is None:  # of a loss that reads states alone
+        gradient = ops.zeros((*query.shape[:3], tensors["value"].shape[3]), query.dtype)
+    found = {plan.passes[-1].output: gradient}
+    of_states = dict(zip(sorted(pass_.state for pass_ in plan.passes), of_states, strict=False))
+    flows, inners = None, None
+    for pass_, before in reversed(list(zip(plan.passes, chunk_states, strict=True))):
+        state, a, b = of_states.get(pass_.state), known[pass_.key], known[pass_.value]
+        g = found.pop(pass_.output)
+        earlier = found.get("query"), found.get(pass_.key)
+        adds = (x is not None for x in earlier)
+        name = f"state {pass_.state}"
+        launch = launches.backward(plan, pass_, state is not None, *adds, name in wanted)
+        after = _span_states(run, plan, pass_, query, g, decays, True)
+        inputs = (query, a, b, decays, g, before, state, *after, *earlier)
+        dquery, dkey, dvalue, flow, inner, found[name] = run(launch, inputs)
+        found |= {"query": dquery, pass_.key: dkey}
+        if dvalue is not None:
+            found[pass_.value] = _add(found.get(pass_.value), dvalue)
+        flows, inners = _add(flows, flow), _add(inners, inner)
+    found |= {name: _like_input(found[name], known[name]) for name in ("key", "value")}
+    if "log_decay" in wanted:
+        (x,) = run(launches.decay_gradient(plan), (flows, inners))
+        shape = tensors["log_decay"].shape
+        axes = tuple(i for i in (0, 2) if shape[i] < x.shape[i])
+        found["log_decay"] = ops.sum(x, axis=axes, keepdims=True) if axes else x
+    return {name: found[name] for name in wanted}
+
+
+def shapes(options, tensors, save):
+    """Those of what `evaluate` returns, with their dtypes."""
+    _, return_state = options
+    plan = _plan(Plan, options, tensors)
+    results = [plan.sequence(plan.passes[-1].output, plan.dtype)]
+    by_state = sorted(plan.passes, key=lambda pass_: pass_.state)
+    results += [plan.state(pass_, 1) for pass_ in by_state] if return_state else []
+    exchanged = [plan.sequence(pass_.output, plan.product_dtype) for pass_ in plan.passes[:-1]]
+    chunk_states = [plan.state(pass_, plan.chunks, plan.product_dtype) for pass_ in plan.passes]
+    return tuple(results), (*exchanged, *chunk_states) if save else ()
+
+
+ATTENTION = KernelFunction("attention", evaluate, gradients, shapes)
+
+
+def _plan(make, options, tensors):
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
+    sizes = (*query.shape[:3], key.shape[2], query.shape[3], value.shape[3])
+    dtype = str(query.dtype).removeprefix("torch.")
+    return make(options[0], *sizes, dtype, "log_decay" in tensors)
+
+
+def _decays(run, plan, tensors):
+    log_decay = tensors.get("log_decay")
+    if log_decay is None:
+        return None
+    return run(launches.decays(plan, tuple(log_decay.shape)), (log_decay,))[0]
+
+
+def _span_states(run, plan, pass_, key, value, decays, reverse):
+    """What each span leaves to those after it, or backwards to those before it."""
+    if plan.spans == 1:
+        return None, None
+    return run(launches.spans(plan, pass_, reverse), (key, value, decays))
+
+
+def _add(x, y):
+    return y if x is None else x + y
+
+
+def _like_input(x, like):
+    """From one gradient for each query head to one for each head that there is, in its dtype."""
+    if x.shape[2] != like.shape[2]:
+        batch, length, heads, _ = like.shape
+        x = ops.sum(ops.reshape(x, (batch, length, heads, -1, x.shape[-1])), axis=3)
+    return x if x.dtype == like.dtype else ops.cast(x, like.dtype)

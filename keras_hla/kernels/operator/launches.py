@@ -1,0 +1,114 @@
+"""The launches of kernels that a plan asks for, as far as they are known before their inputs.
+
+They are found once for each plan, as kernels take no longer than it takes to find them.
+"""
+
+import functools
+from typing import Any
+
+import triton.language as tl
+
+from keras_hla.kernels.launching import Launch
+from keras_hla.kernels.operator.backward import backward_kernel
+from keras_hla.kernels.operator.decays import decay_gradient_kernel, decay_kernel
+from keras_hla.kernels.operator.forward import forward_kernel
+from keras_hla.kernels.operator.spans import span_kernel
+
+_cached = functools.lru_cache(maxsize=4096)
+
+
+@_cached
+def forward(plan, pass_, entering, save, leaving):
+    """Gives the output, the state after it if `leaving`, and if `save` those before each chunk."""
+    dtype = plan.dtype if pass_ is plan.passes[-1] else plan.product_dtype
+    outputs = (
+        plan.sequence(pass_.output, dtype),
+        plan.state(pass_, 1) if leaving else None,
+        plan.state(pass_, plan.chunks, plan.product_dtype) if save else None,
+    )
+    return _of_pass(
+        forward_kernel, plan, pass_, outputs, ENTERING=entering, SAVE=save, LEAVING=leaving
+    )
+
+
+@_cached
+def backward(plan, pass_, entering, add_query, add_key, leaving):
+    """Gives the gradients of query, key, and value; `flows` and `inners`; that of the state."""
+    names = ["query", pass_.key] + ([pass_.value] if pass_.value != pass_.key else [])
+    outputs = [plan.sequence(x, _dtype_of_gradient(plan, pass_, x)) for x in names]
+    outputs += [None] * (3 - len(outputs))
+    count = (plan.rows, plan.chunks)
+    decay_outputs = [((*count, plan.chunk), "float32"), (count, "float32")]
+    outputs += decay_outputs if plan.decays else [None, None]
+    outputs.append(plan.state(pass_, 1) if leaving else None)
+    launch = _of_pass(
+        backward_kernel,
+        plan,
+        pass_,
+        outputs,
+        ENTERING=entering,
+        LEAVING=leaving,
+        ADD_QUERY=add_query,
+        ADD_KEY=add_key,
+    )
+    # A gradient that is added to has the dtype of the products, and is not needed after it.
+    for place, (name, added) in enumerate({"dquery": add_query, "dkey": add_key}.items()):
+        if added and outputs[place][1] == plan.product_dtype:
+            launch.in_place[place] = backward_kernel.arg_names.index(f"{name}_before")
+    return launch
+
+
+@_cached
+def spans(plan, pass_, reverse):
+    """Gives the states of spans and the decays over them."""
+    constants: dict[str, Any] = {"REVERSE": reverse}
+    if reverse:  # the queries, and the gradients of outputs
+        constants |= {"KEY_GROUP": 1, "VALUE_GROUP": 1, "SAME": False}
+    totals = ((plan.rows, plan.spans), "float32") if plan.decays else None
+    outputs = (plan.state(pass_, plan.spans), totals)
+    return _of_pass(span_kernel, plan, pass_, outputs, **constants)
+
+
+@_cached
+def decays(plan, shape):
+    """Gives what the kernels need of log-decays of `shape`: see `decay_kernel`."""
+    batch, length, heads = shape
+    strides = (length * heads if batch > 1 else 0, heads, 1 if heads > 1 else 0)
+    output = ((plan.rows, plan.chunks, 4, plan.chunk), "float32")
+    exact = plan.product_dtype == "float32"
+    return _of_chunks(decay_kernel, plan, strides, output, EXACT=exact)
+
+
+@_cached
+def decay_gradient(plan):
+    """Gives the gradient of log-decays, for each head."""
+    output = ((plan.batch, plan.length, plan.heads), "float32")
+    return _of_chunks(decay_gradient_kernel, plan, (), output)
+
+
+def _of_pass(kernel, plan, pass_, outputs, **constants):
+    """A program for each span of each row."""
+    constants = plan.constants(pass_) | constants
+    constants["PRODUCT"] = getattr(tl, plan.product_dtype)
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+    grid = (plan.rows * plan.spans,)
+    numbers = (plan.length, plan.heads, plan.spans, plan.chunks_of_span)
+    options = plan.options(pass_, backward=kernel is backward_kernel)
+    return Launch(kernel, grid, numbers, tuple(outputs), constants, options)
+
+
+def _of_chunks(kernel, plan, numbers, output, **constants):
+    """A program for each chunk of each row."""
+    grid = (plan.rows * plan.chunks,)
+    numbers = (plan.length, plan.heads, *numbers)
+    return Launch(kernel, grid, numbers, (output,), {"CHUNK": plan.chunk, **constants})
+
+
+def _dtype_of_gradient(plan, pass_, name):
+    """That of the products for what earlier passes add to or take, else that of the input."""
+    earlier = plan.passes[: plan.passes.index(pass_)]
+    if any(name in ("query", other.key, other.value, other.output) for other in earlier):
+        return plan.product_dtype
+    # Where heads share keys, their gradients are yet to be summed.
+    shared = plan.heads > plan.key_heads and name != "query"
+    return "float32" if shared else plan.dtype

@@ -1,0 +1,32 @@
+"""What the kernels of stages share, in Triton: tiles of tokens and features, and activations."""
+
+import triton
+import triton.language as tl
+
+# Bytes that a program holds of each of its tensors in float32: what fits the registers.
+_ELEMENTS = 4096
+
+
+@triton.jit
+def silu(x):
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def silu_gradient(x):
+    s = tl.sigmoid(x)
+    return s + x * s * (1.0 - s)
+
+
+def block_of(size, largest=1024):
+    """The least power of two that holds `size` features, at most `largest`."""
+    return min(largest, max(16, 1 << (size - 1).bit_length()))
+
+
+def rows_of(block):
+    """How many rows of `block` features a program takes in."""
+    return max(1, _ELEMENTS // block)
+
+
+def dtype_of(x):
+    return str(x.dtype).removeprefix("torch.")

@@ -1,0 +1,26 @@
+"""Division by the root mean square of the last axis."""
+
+from keras import ops
+
+from keras_hla.precision import state_dtype
+
+
+def rms_norm(x, scale, epsilon, fused=False):
+    """Returns `x / sqrt(mean(x²) + epsilon) ⊙ scale`, of the shape and dtype of `x`.
+
+    Args:
+        x: tensor of shape `(..., features)`.
+        scale: tensor of shape `(features,)`, in the dtype to compute in.
+        epsilon: positive number.
+        fused: whether kernels compute it.
+    """
+    if fused:
+        from keras_hla.kernels.stages.norm import NORM
+
+        (output,) = NORM((epsilon,), x=x, scale=scale)
+        return output
+    dtype = state_dtype(x.dtype)
+    if dtype == "float64":  # which Keras' own is not
+        mean = ops.sum(ops.square(x), axis=-1, keepdims=True) / x.shape[-1]
+        return x * (mean + epsilon) ** -0.5 * scale  # `ops.rsqrt` rounds more
+    return ops.rms_normalization(x, scale, axis=-1, epsilon=epsilon)
