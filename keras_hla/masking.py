@@ -62,16 +62,12 @@ def _counting_first(mask):
     return ops.argsort(ops.where(mask, steps, np.iinfo("int32").max), axis=1)
 
 
-def apply_mask(mask, query, key, value, log_decay):
+def apply_mask(mask, query, key, value):
     """Makes the tokens where `mask` is false leave every state as it is and output zero.
 
     `where` rather than a product: such tokens may hold NaN.
     """
-    mask = mask[..., None]
-    query, key, value = (ops.where(mask[..., None], x, 0) for x in (query, key, value))
-    if log_decay is not None:
-        log_decay = ops.where(mask, log_decay, 0)
-    return query, key, value, log_decay
+    return [ops.where(mask[..., None, None], x, 0) for x in (query, key, value)]
 
 
 def forget_at(starts, log_decay, dtype):

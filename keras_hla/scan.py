@@ -161,9 +161,12 @@ def bound(log_decay):
 
     So sums stay finite. NaN stays NaN.
     """
-    dtype = keras.backend.standardize_dtype(log_decay.dtype)
-    zero = -1024.0 if dtype == "float64" else -128.0
-    return at_least(log_decay, zero)
+    return at_least(log_decay, least_log_decay(log_decay.dtype))
+
+
+def least_log_decay(dtype):
+    """A log-decay of a dtype whose decay is zero."""
+    return -1024.0 if keras.backend.standardize_dtype(dtype) == "float64" else -128.0
 
 
 def _power(decay, power):

@@ -18,6 +18,7 @@ from keras_hla.checks import (
 )
 from keras_hla.evaluate import evaluate
 from keras_hla.inputs import arrange
+from keras_hla.layers import fused as fused_layers
 from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.hla_cell import HLACell
@@ -226,9 +227,7 @@ class HLA(CompositeLayer):
             )
         if mask is not None:
             sequences = ops.where(mask[..., None], sequences, 0)
-        starts = None
-        if segment_ids is not None:
-            starts = segment_starts(ops.convert_to_tensor(segment_ids), mask)
+        starts = _starts(segment_ids, mask)
         states = self._starting_states(initial_state)
         kept = self.return_state or self.stateful or scope is not None
         output, states = self._in_parts(states, sequences, mask, starts, kept and self.causal)
@@ -280,8 +279,10 @@ class HLA(CompositeLayer):
 
     def _one_part(self, states, sequences, mask=None, starts=None, return_state=True):
         """`_in_parts` at once: choose, project, evaluate, finish."""
-        cell = self.cell
-        implementation, _ = self.implementation_for(sequences, segmented=starts is not None)
+        cell, segmented = self.cell, starts is not None
+        if not return_state and self.why_not_fused(sequences, states, mask, segmented) is None:
+            return fused_layers.mix(cell, ops.cast(sequences, self.compute_dtype), starts), ()
+        implementation, _ = self.implementation_for(sequences, segmented)
         fused = implementation == "triton"
         memory, context = (None, {}) if states is None else cell.split_states(states)
         operands, context = cell.project(sequences, context, mask, starts, return_state, fused)
@@ -318,6 +319,33 @@ class HLA(CompositeLayer):
             normalize=cell.normalize,
             chunk_size=self.chunk_size,
         )
+
+    def why_not_fused(
+        self, sequences=None, initial_state=None, mask=None, segmented=False, others=()
+    ):
+        """Why the stages of the layer are not one function, in words, or `None` if they are.
+
+        One function takes less of the host's time, under PyTorch on a GPU.
+
+        Args:
+            sequences: Tensor like those of a call, for its device and known shape.
+            initial_state: As in a call.
+            mask: As in a call.
+            segmented: Whether the call has `segment_ids`.
+            others: Projections that are to be computed together with the layer.
+        """
+        choice = self.implementation_for(sequences, segmented)
+        if choice.implementation != "triton":
+            return choice.reason
+        stateful = self.stateful or current_state_scope() is not None
+        if initial_state is not None or self.return_state or stateful:
+            return "there are states before or after the sequence"
+        if mask is not None:
+            return "there is a mask"
+        length = 0 if sequences is None else sequences.shape[1]
+        if self.remat_length is not None and length > self.remat_length:
+            return "the sequence is longer than `remat_length`"
+        return fused_layers.why_not_fused(self.cell, [*self.cell.denses, *others])
 
     def _check_noncausal(self):
         cell = self.cell
@@ -365,6 +393,11 @@ class HLA(CompositeLayer):
                 f"Received: sequences.shape={tuple(sequences.shape)}"
             )
         return mask, segment_ids
+
+    def starts_of(self, sequences, segment_ids):
+        """Where the segments of a call without a mask start, once that is checked, or `None`."""
+        _, segment_ids = self._check(sequences, None, None, segment_ids)
+        return _starts(segment_ids, None)
 
     def _starting_states(self, initial_state):
         """The given states; else those of a stateful layer; else `None`, which is zeros."""
@@ -415,3 +448,9 @@ class HLA(CompositeLayer):
             "remat_length": self.remat_length,
         }
         return {**super().get_config(), **cell, **plain(config)}
+
+
+def _starts(segment_ids, mask):
+    if segment_ids is None:
+        return None
+    return segment_starts(ops.convert_to_tensor(segment_ids), mask)

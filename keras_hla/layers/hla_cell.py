@@ -171,8 +171,8 @@ class HLACell(HLAWeights, DropoutRNNCell):
             and the new context.
         """
         dtype = exchanged_dtype(self.compute_dtype)
-        denses = (self.query_dense, self.key_dense, self.value_dense)
-        projected = [ops.cast(dense(sequences), dtype) for dense in denses]
+        projected = (self.query_dense, self.key_dense, self.value_dense)
+        projected = [ops.cast(dense(sequences), dtype) for dense in projected]
         after = {}
         if self.conv_kernel_size is not None:
             projected, after["window"] = self._convolve(
@@ -203,7 +203,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
 
     def _convolve(self, projected, window, mask, starts, return_window, fused):
         """The convolution of the projected queries, keys and values, and the window after it."""
-        splits = np.cumsum(self._projected_sizes)[:-1].tolist()
+        splits = np.cumsum(self.projected_sizes)[:-1].tolist()
         # Together where there is more to each call than to its products.
         joint = mask is not None or is_single_token(projected[0])
         kernels, windows = [ops.convert_to_tensor(self.conv.kernel)], [window]
@@ -230,7 +230,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
         """The cosines and sines of the tokens' positions, and the position after them."""
         before, total = _count(sequences, mask, self.state_dtype)
         block, rest = (None, 0.0) if position is None else split_position(position)
-        angles = rotation(block, rest + before, self._turns)
+        angles = rotation(block, rest + before, self.turns)
         if not return_position:
             return angles, None
         if position is None:

@@ -12,6 +12,7 @@ from keras_hla.checks import (
     check_positive_int,
     check_rank,
 )
+from keras_hla.layers import fused as fused_layers
 from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.feature_map import get_activation, serialize_activation
@@ -174,6 +175,9 @@ class HLADecoderBlock(CompositeLayer):
             sequences = ops.where(ops.cast(mask, "bool")[..., None], sequences, 0)
         sequences = ops.cast(sequences, self.compute_dtype)
         segmented = segment_ids is not None
+        if self._why_not_fused(sequences, initial_state, mask, segmented, training) is None:
+            starts = self.mixer.starts_of(sequences, segment_ids)
+            return fused_layers.transform(self, sequences, starts)
         fused = self.mixer.implementation_for(sequences, segmented).implementation == "triton"
         mixed = self.mixer(
             _normalize(sequences, self.mixer_norm, fused),
@@ -190,6 +194,15 @@ class HLADecoderBlock(CompositeLayer):
         warn_of_redrawn_dropout(self, self.cell, training)
         output = output + self.cell.drop(self.down_dense(hidden), training)
         return (output, *states) if states else output
+
+    def _why_not_fused(self, sequences, initial_state, mask, segmented, training):
+        """As `HLA.why_not_fused`, of the whole block."""
+        if self.activation is not keras.activations.silu:
+            return "`activation` is not 'silu'"
+        if training and self.cell.dropout:
+            return "there is dropout"
+        others = self.gate_dense, self.up_dense, self.down_dense
+        return self.mixer.why_not_fused(sequences, initial_state, mask, segmented, others)
 
     def compute_mask(self, sequences, previous_mask=None):
         return self.mixer.compute_mask(sequences, previous_mask)

@@ -71,7 +71,7 @@ class HLAWeights(CompositeLayer):
                     f"(`rope_max_wavelength`). Received: key_dim={key_dim}, "
                     f"rope_max_wavelength={rope_max_wavelength}"
                 )
-            self._turns = turns_of(key_dim, rope_max_wavelength)
+            self.turns = turns_of(key_dim, rope_max_wavelength)
         self.num_heads = int(num_heads)  # which may be NumPy's, as all sizes
         self.key_dim = int(key_dim)
         self.value_dim = int(value_dim or key_dim)
@@ -135,7 +135,7 @@ class HLAWeights(CompositeLayer):
                 dtype=self.state_dtype,
                 name="conv",
             )
-            self.conv.build((*input_shape[:-1], sum(self._projected_sizes)))
+            self.conv.build((*input_shape[:-1], sum(self.projected_sizes)))
         if self.decay is not None:
             policy = with_default(self.dtype_policy, self.state_dtype)
             self.log_decay = LogDecay(
@@ -172,13 +172,23 @@ class HLAWeights(CompositeLayer):
         value_dim = self.value_dim + self.normalize  # with a column for the denominator
         sizes = [*self.operator.state_shapes(moments, self.num_heads, self.key_dim, value_dim)]
         if self.conv_kernel_size is not None:
-            sizes.append((self.conv_kernel_size - 1, sum(self._projected_sizes)))
+            sizes.append((self.conv_kernel_size - 1, sum(self.projected_sizes)))
         if self.rope_max_wavelength is not None:
             sizes.append((2,))
         return sizes
 
     @property
-    def _projected_sizes(self):
+    def denses(self):
+        """All projections."""
+        denses = [self.query_dense, self.key_dense, self.value_dense, self.output_dense]
+        if self.output_gate is not None:
+            denses.append(self.gate_dense)
+        if self.decay == "input":
+            denses.append(self.log_decay.logit_dense)
+        return denses
+
+    @property
+    def projected_sizes(self):
         """The sizes of all heads' queries, keys and values."""
         key_value_heads = self.num_key_value_heads
         return (

@@ -1,6 +1,7 @@
 """The short convolution, in Triton: `keras_hla.stages.convolve`."""
 
 import functools
+import math
 
 from keras import ops
 import triton
@@ -143,7 +144,8 @@ def convolution_gradient_kernel(
 
 @functools.lru_cache(maxsize=256)
 def _launch(shape, dtype, size, segments, is_silu, backward):
-    batch, length, features = shape
+    batch, length, *features = shape
+    features = math.prod(features)
     block = block_of(features, _FEATURES)
     tiles = batch * -(-length // _TOKENS)
     outputs = [(shape, dtype)]
