@@ -281,7 +281,7 @@ class HLA(CompositeLayer):
         """`_in_parts` at once: choose, project, evaluate, finish."""
         cell, segmented = self.cell, starts is not None
         if not return_state and self.why_not_fused(sequences, states, mask, segmented) is None:
-            return fused_layers.mix(cell, ops.cast(sequences, self.compute_dtype), starts), ()
+            return fused_layers.mix(self, ops.cast(sequences, self.compute_dtype), starts), ()
         implementation, _ = self.implementation_for(sequences, segmented)
         fused = implementation == "triton"
         memory, context = (None, {}) if states is None else cell.split_states(states)

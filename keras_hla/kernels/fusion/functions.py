@@ -52,6 +52,39 @@ def _project_gradients(run, shapes, tensors, saved, results, wanted):
 PROJECT = TensorFunction(_project, _project_gradients)
 
 
+def _project_together(run, options, tensors, save):
+    x = tensors["x"]
+    kernel = torch.cat([tensors[f"kernel{i}"].to(x.dtype) for i in range(options[0])], dim=1)
+    flat = x.view(-1, kernel.shape[0])
+    if "bias0" in tensors:
+        bias = torch.cat([tensors[f"bias{i}"].to(x.dtype) for i in range(options[0])])
+        y = torch.addmm(bias, flat, kernel)
+    else:
+        y = flat @ kernel
+    return (y.view(*x.shape[:2], -1),), (kernel,) if save else ()
+
+
+def _project_together_gradients(run, options, tensors, saved, results, wanted):
+    x, (kernel,), found = tensors["x"], saved, {}
+    flat, g = x.view(-1, kernel.shape[0]), results[0].view(-1, kernel.shape[1])
+    sizes = [tensors[f"kernel{i}"].shape[1] for i in range(options[0])]
+    dtype = tensors["kernel0"].dtype
+    if any(f"kernel{i}" in wanted for i in range(options[0])):
+        parts = (flat.t() @ g).to(dtype).split(sizes, dim=1)
+        found |= {f"kernel{i}": part for i, part in enumerate(parts)}
+    if any(f"bias{i}" in wanted for i in range(options[0])):
+        parts = g.sum(0, dtype=dtype).split(sizes)
+        found |= {f"bias{i}": part for i, part in enumerate(parts)}
+    if "x" in wanted:
+        found["x"] = (g @ kernel.t()).view(x.shape)
+    return found
+
+
+#: `x W + b` for the kernels beside each other. Options: how many there are. Tensors: `x`,
+#: `kernel0`, `bias0`, ...
+PROJECT_TOGETHER = TensorFunction(_project_together, _project_together_gradients)
+
+
 def _add(run, options, tensors, save):
     return (tensors["x"] + tensors["y"],), ()
 
@@ -73,18 +106,6 @@ def _scale_gradients(run, options, tensors, saved, results, wanted):
 
 #: Options: the factor of `x`.
 SCALE = TensorFunction(_scale, _scale_gradients, reads=())
-
-
-def _split(run, sizes, tensors, save):
-    return tuple(x.contiguous() for x in tensors["x"].split(sizes, dim=-1)), ()
-
-
-def _split_gradients(run, sizes, tensors, saved, results, wanted):
-    return {"x": torch.cat(results, dim=-1)}
-
-
-#: `x` cut along its last axis. Options: the sizes.
-SPLIT = TensorFunction(_split, _split_gradients, reads=())
 
 
 def _log_decay(run, options, tensors, save):
