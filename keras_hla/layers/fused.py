@@ -139,7 +139,7 @@ def _record_mixer(recorder, cell, x, starts):
         log_decay = recorder.input("log_decay") if given else None
     output = recorder.attend(cell.operator, query, key, value, log_decay)
     if cell.output_norm:
-        output = recorder.rms_norm(output, cell.norm)
+        output = recorder.rms_norm(output, cell.norm, recompute=True)
     if cell.output_gate is not None:
         (gates,) = recorder.project(x, (cell.gate_dense, (cell.num_heads, cell.value_dim)))
         output = recorder.gate(output, gates)

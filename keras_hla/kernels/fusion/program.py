@@ -80,6 +80,8 @@ class Program:
             reversed(self.stages), reversed(saved), self._needed(wanted), strict=True
         ):
             of_results = tuple(found.pop(number, None) for number in stage.results)
+            for number in stage.results:  # which no stage reads from here on
+                values.pop(number, None)
             if not arguments or all(x is None for x in of_results):
                 continue
             for number in _read(stage):

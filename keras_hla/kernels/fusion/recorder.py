@@ -83,9 +83,9 @@ class Recorder:
             read["cos"], read["sin"] = angles
         return self._note(OPERANDS, read, (is_silu, scale, *heads, *dims), count=3)
 
-    def rms_norm(self, x, norm):
+    def rms_norm(self, x, norm, recompute=False):
         read = {"x": x, "scale": self.variable(norm.scale)}
-        (result,) = self._note(NORM, read, (norm.epsilon,), recompute=True)
+        (result,) = self._note(NORM, read, (norm.epsilon,), recompute=recompute)
         return result
 
     def rotate(self, x, cos, sin, scale=1.0):

@@ -24,7 +24,9 @@ def _forward(function, options, tensors):
 
 def _backward(function, options, residuals, results):
     tensors, saved = residuals
-    wanted = tuple(name for name, x in tensors.items() if jax.numpy.issubdtype(x.dtype, "floating"))
+    wanted = tuple(
+        name for name, x in tensors.items() if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+    )
     found = function.gradients(run, options, tensors, saved, results, wanted)
     return ({name: found.get(name) for name in tensors},)
 

@@ -3,12 +3,11 @@
 import functools
 import math
 
-from keras import ops
 import triton
 import triton.language as tl
 
 from keras_hla.kernels.launching import KernelFunction, Launch
-from keras_hla.kernels.stages.tiles import block_of, dtype_of, silu, silu_gradient
+from keras_hla.kernels.stages.tiles import block_of, dtype_of, like, silu, silu_gradient
 
 _TOKENS, _FEATURES = 64, 64  # of a tile
 
@@ -188,7 +187,7 @@ def _gradients(run, options, tensors, saved, results, wanted):
     dx, dkernel = run(launch, (x, kernel, segments, *results))
     found = {"x": dx}
     if "kernel" in wanted:
-        found["kernel"] = ops.cast(ops.sum(dkernel, axis=0), dtype_of(kernel))
+        found["kernel"] = like(dkernel.sum(0), kernel)
     return found
 
 

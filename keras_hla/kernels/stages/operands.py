@@ -6,16 +6,16 @@ projections and one writing.
 
 import functools
 
-from keras import ops
 import triton
 import triton.language as tl
 
 from keras_hla.kernels.device import interpreted
 from keras_hla.kernels.launching import KernelFunction, Launch
 from keras_hla.kernels.stages.convolution import load_token, mix
-from keras_hla.kernels.stages.tiles import block_of, dtype_of, silu, silu_gradient
+from keras_hla.kernels.stages.tiles import block_of, dtype_of, like, silu, silu_gradient
 
-_TOKENS = 64  # of a tile
+# Of a tile, and its warps: fewer tokens have shorter products, that move rows, in the gradient.
+_TOKENS, _WARPS = 32, 2
 
 
 @triton.jit
@@ -279,7 +279,7 @@ def _gather(
 @triton.jit
 def _times(reads, g, PRODUCT: tl.constexpr):
     """The product with a matrix of zeros and ones, more accurate than a `g` in bfloat16."""
-    if PRODUCT == tl.float32:
+    if tl.float32 == PRODUCT:
         return tl.dot(reads.to(tl.float32), g, input_precision="tf32x3")
     else:
         rounded = g.to(tl.bfloat16)
@@ -314,12 +314,14 @@ def _launch(shape, dtype, size, segments, shared, options, backward):
     own = _TOKENS - (constants["SIZE"] - 1 if backward else 0)
     tiles = batch * -(-length // own)
     grid = (tiles * (heads + 2 * key_heads),)
+    warps = {"num_warps": _WARPS}
     if not backward:
-        return Launch(operands_kernel, grid, (length,), tuple(operands), constants)
+        return Launch(operands_kernel, grid, (length,), tuple(operands), constants, warps)
     partial = ((tiles, size, features), "float32") if size else None
     exact = dtype != "bfloat16" or interpreted()  # as the interpreter multiplies no bfloat16
     constants["PRODUCT"] = tl.float32 if exact else tl.bfloat16
-    return Launch(operands_gradient_kernel, grid, (length,), ((shape, dtype), partial), constants)
+    outputs = ((shape, dtype), partial)
+    return Launch(operands_gradient_kernel, grid, (length,), outputs, constants, warps)
 
 
 def _arguments(options, tensors, backward):
@@ -342,7 +344,7 @@ def _gradients(run, options, tensors, saved, results, wanted):
     dx, dkernel = run(launch, (*inputs, *results))
     found = {"x": dx}
     if "kernel" in wanted:
-        found["kernel"] = ops.cast(ops.sum(dkernel, axis=0), dtype_of(tensors["kernel"]))
+        found["kernel"] = like(dkernel.sum(0), tensors["kernel"])
     return found
 
 

@@ -1,5 +1,6 @@
 """What the kernels of stages share, in Triton: tiles of tokens and features, and activations."""
 
+from keras import ops
 import triton
 import triton.language as tl
 
@@ -26,6 +27,11 @@ def block_of(size, largest=1024):
 def rows_of(block):
     """How many rows of `block` features a program takes in."""
     return max(1, _ELEMENTS // block)
+
+
+def like(x, other):
+    """A tensor in the dtype of another one."""
+    return x if x.dtype == other.dtype else ops.cast(x, other.dtype)
 
 
 def dtype_of(x):
