@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_hla import kernels
+from keras_hla import kernels, stages
 from keras_hla.checks import (
     as_tensor,
     check_choice,
@@ -283,7 +283,7 @@ class HLA(CompositeLayer):
         if not return_state and self.why_not_fused(sequences, states, mask, segmented) is None:
             return fused_layers.mix(self, ops.cast(sequences, self.compute_dtype), starts), ()
         implementation, _ = self.implementation_for(sequences, segmented)
-        fused = implementation == "triton"
+        fused = stages.are_fused(implementation)
         memory, context = (None, {}) if states is None else cell.split_states(states)
         operands, context = cell.project(sequences, context, mask, starts, return_state, fused)
         output, memory = evaluate(

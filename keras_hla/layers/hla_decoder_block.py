@@ -178,7 +178,7 @@ class HLADecoderBlock(CompositeLayer):
         if self._why_not_fused(sequences, initial_state, mask, segmented, training) is None:
             starts = self.mixer.starts_of(sequences, segment_ids)
             return fused_layers.transform(self, sequences, starts)
-        fused = self.mixer.implementation_for(sequences, segmented).implementation == "triton"
+        fused = stages.are_fused(self.mixer.implementation_for(sequences, segmented)[0])
         mixed = self.mixer(
             _normalize(sequences, self.mixer_norm, fused),
             initial_state=initial_state,

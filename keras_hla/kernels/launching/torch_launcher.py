@@ -143,14 +143,21 @@ def run(launch, inputs):
         else:
             results.append(None if x is None else _allocate(some, x))
     arguments = [some if x is None else x for x in (*inputs, *launch.numbers, *results)]
-    with torch.cuda.device_of(some):
-        compiled = launch.compiled.get(some.device)
-        if compiled is None:
-            compiled = launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
-            launch.compiled[some.device] = compiled  # `None` if interpreted
-        else:
-            # Without asking again for what the arguments are like, which takes longer than the
-            # kernel: the launch has their dtypes and numbers, and addresses are aligned.
-            grid = (*launch.grid, 1, 1)[:3]
-            compiled[grid](*arguments, *launch.constants.values())
+    if some.is_cuda and some.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(some.device):
+            _launch(launch, some.device, arguments)
+    else:  # without the context, which takes as long as a kernel
+        _launch(launch, some.device, arguments)
     return tuple(results)
+
+
+def _launch(launch, device, arguments):
+    compiled = launch.compiled.get(device)
+    if compiled is None:
+        compiled = launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
+        launch.compiled[device] = compiled  # `None` if interpreted
+    else:
+        # Without asking again for what the arguments are like, which takes longer than the
+        # kernel: the launch has their dtypes and numbers, and addresses are aligned.
+        grid = (*launch.grid, 1, 1)[:3]
+        compiled[grid](*arguments, *launch.constants.values())
