@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax_triton
+import keras
 
 
 def register(function):
@@ -24,7 +25,7 @@ def _forward(function, options, tensors):
 
 def _backward(function, options, residuals, results):
     tensors, saved = residuals
-    wanted = tuple(name for name, x in tensors.items() if jax.numpy.issubdtype(x.dtype, "floating"))
+    wanted = tuple(name for name, x in tensors.items() if keras.backend.is_float_dtype(x.dtype))
     found = function.gradients(run, options, tensors, saved, results, wanted)
     return ({name: found.get(name) for name in tensors},)
 

@@ -1,0 +1,199 @@
+"""Stages, portable and by kernels, against float64 definitions."""
+
+from backends import relative_error, value_and_gradients
+import keras
+from keras import ops
+import numpy as np
+import pytest
+import stage_definitions
+import torch
+
+from keras_hla import stages
+from keras_hla.kernels import device
+
+EXACT = 1e-6  # largest relative RMS error in float32
+OBSTACLE = device.why_not(None)
+by_all = pytest.mark.parametrize(
+    "fused",
+    [
+        pytest.param(False, id="portable"),
+        pytest.param(True, id="fused", marks=pytest.mark.skipif(OBSTACLE is not None, reason=f"{OBSTACLE}")),
+    ],
+)
+in_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+MASKS = ("none", "left", "right", "scattered", "rows")
+
+
+def rounded(array, dtype):
+    """A float32 array of numbers of `dtype`."""
+    return ops.convert_to_numpy(ops.cast(ops.cast(array, dtype), "float32"))
+
+
+def draw(rng, shape, dtype="float32"):
+    return rounded(rng.standard_normal(shape).astype("float32"), dtype)
+
+
+def draw_mask(rng, kind, batch, length):
+    """A boolean array `(batch, length)`, or `None`."""
+    place = np.arange(length)
+    if kind == "none":
+        return None
+    if kind == "scattered":
+        return rng.random((batch, length)) < 0.6
+    if kind == "rows":  # the first without a token
+        return np.broadcast_to(np.arange(batch)[:, None] > 0, (batch, length)).copy()
+    count = rng.integers(0, length + 1, (batch, 1))
+    return place >= count if kind == "left" else place < count
+
+
+def check(stage, definition, arrays, dtypes, rng, hidden=None):
+    """Holds outputs and gradients of a stage to its definition.
+
+    Args:
+        stage: takes tensors of `dtypes`, and returns a list of tensors of the first of them.
+        definition: the same of float64 tensors of torch.
+        arrays: float32 arrays of numbers of their dtypes, for all of which there are gradients.
+        dtypes: their dtypes.
+        rng: generator of random numbers.
+        hidden: boolean array, true at outputs that are not defined.
+    """
+    exact = [torch.tensor(x.astype("float64"), requires_grad=True) for x in arrays]
+    expected = definition(*exact)
+    weights = [draw(rng, x.shape, dtypes[0]) for x in expected]
+    if hidden is not None:
+        weights[0] = np.where(hidden, 0, weights[0]).astype("float32")
+    loss = sum((x * torch.tensor(w)).sum() for x, w in zip(expected, weights, strict=True))
+    gradients = torch.autograd.grad(loss, exact, allow_unused=True)
+
+    def function(*tensors):
+        inputs, weights = tensors[: len(arrays)], tensors[len(arrays) :]
+        results = stage(*(ops.cast(x, d) for x, d in zip(inputs, dtypes, strict=True)))
+        for x in results:
+            assert keras.backend.standardize_dtype(x.dtype) == dtypes[0]
+        results = [ops.cast(x, "float32") for x in results]
+        if hidden is not None:
+            results[0] = ops.where(hidden, 0, results[0])
+        return sum(ops.sum(x * w) for x, w in zip(results, weights, strict=True)), results
+
+    found, found_gradients = value_and_gradients(function, arrays, weights)
+    for a, e in zip(found, expected, strict=True):
+        assert_close(a, e.detach().numpy(), dtypes[0])
+    for a, e, x, dtype in zip(found_gradients, gradients, arrays, dtypes, strict=True):
+        assert_close(a, np.zeros(x.shape) if e is None else e.numpy(), dtype)
+
+
+def assert_close(actual, expected, dtype):
+    """In low precision, as close as the exact result that is rounded once."""
+    best = relative_error(rounded(expected.astype("float32"), dtype), expected)
+    # Triton's interpreter truncates where a GPU rounds.
+    best *= 2.2 if device.interpreted() else 1.1
+    assert relative_error(actual, expected) <= EXACT + (best if dtype != "float32" else 0)
+
+
+@by_all
+@in_dtypes
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", [False, True])
+def test_convolve(rng, fused, dtype, mask, packed, window):
+    check_convolution(rng, fused, dtype, mask, packed, window, length=67, features=70)
+
+
+@by_all
+@pytest.mark.parametrize("activation", [None, "tanh"])
+@pytest.mark.parametrize("mask", ["none", "scattered"])
+@in_dtypes
+def test_activations_of_a_convolution(rng, fused, dtype, mask, activation):
+    check_convolution(
+        rng, fused, dtype, mask, True, True, length=20, features=5, activation=activation
+    )
+
+
+@by_all
+@pytest.mark.parametrize("length", [1, 2, 3, 128])
+@pytest.mark.parametrize("mask", ["none", "scattered", "rows"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", [False, True])
+def test_lengths_of_a_convolution(rng, fused, length, mask, packed, window):
+    check_convolution(rng, fused, "float32", mask, packed, window, length, features=3, size=5)
+
+
+def check_convolution(
+    rng, fused, dtype, mask, packed, window, length, features, size=4, activation="silu"
+):
+    batch = 3
+    arrays = [draw(rng, (batch, length, features), dtype), draw(rng, (size, features))]
+    dtypes = [dtype, "float32"]
+    if window:
+        arrays.append(draw(rng, (batch, size - 1, features), dtype))
+        dtypes.append(dtype)
+    mask = draw_mask(rng, mask, batch, length)
+    starts = rng.random((batch, length)) < 0.2 if packed else None
+    if packed and mask is not None:  # as the layer has it
+        starts &= mask
+    options = {"mask": mask, "starts": starts}
+
+    def stage(x, kernel, window=None):
+        some = {k: v if v is None else ops.convert_to_tensor(v) for k, v in options.items()}
+        function = keras.activations.get(activation) if activation else None
+        output = stages.convolve(x, kernel, function, window, **some, fused=fused)
+        return [output, stages.last_window(x, size, window, **some)]
+
+    def definition(x, kernel, window=None):
+        return stage_definitions.convolve(x, kernel, activation, window, **options)
+
+    hidden = None if mask is None else ~mask[..., None]
+    check(stage, definition, arrays, dtypes, rng, hidden)
+
+
+@by_all
+@in_dtypes
+@pytest.mark.parametrize("shape", [(2, 67, 3, 22), (1, 1, 1, 2), (3, 5, 2, 128)])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_rotate(rng, fused, dtype, shape, shared, scale):
+    batch, length, _, dim = shape
+    angle = rng.uniform(-np.pi, np.pi, (1 if shared else batch, length, dim // 2))
+    cos, sin = np.cos(angle).astype("float32"), np.sin(angle).astype("float32")
+
+    def stage(x):
+        return [stages.rotate(x, *map(ops.convert_to_tensor, (cos, sin)), scale, fused)]
+
+    def definition(x):
+        exact = (torch.tensor(y.astype("float64")) for y in (cos, sin))
+        return [stage_definitions.rotate(x, *exact, scale)]
+
+    check(stage, definition, [draw(rng, shape, dtype)], [dtype], rng)
+
+
+@by_all
+@in_dtypes
+@pytest.mark.parametrize("shape", [(2, 67, 3, 24), (1, 1, 5), (3, 50, 768), (2, 1, 2000)])
+@pytest.mark.parametrize("epsilon", [1e-6, 0.3])
+def test_rms_norm(rng, fused, dtype, shape, epsilon):
+    x, scale = draw(rng, shape, dtype), draw(rng, shape[-1:])
+    x[0, 0] = 0  # as masked tokens are
+
+    def stage(x, scale):
+        return [stages.rms_norm(x, scale, epsilon, fused)]
+
+    def definition(x, scale):
+        return [stage_definitions.rms_norm(x, scale, epsilon)]
+
+    check(stage, definition, [x, scale], [dtype, "float32"], rng)
+
+
+@by_all
+@in_dtypes
+@pytest.mark.parametrize("shape", [(2, 67, 33), (1, 1, 1), (1, 2048)])
+def test_gate(rng, fused, dtype, shape):
+    arrays = [draw(rng, shape, dtype), 3 * draw(rng, shape, dtype)]
+    arrays[1] = rounded(arrays[1], dtype)
+
+    def stage(x, gates):
+        return [stages.gate(x, gates, keras.activations.silu, fused)]
+
+    def definition(x, gates):
+        return [stage_definitions.gate(x, gates)]
+
+    check(stage, definition, arrays, [dtype] * 2, rng)
