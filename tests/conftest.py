@@ -48,6 +48,7 @@ ONLY = {
         ("torch",),
         "JAX has no interpreter for the kernels, TensorFlow no kernels",
     ),
+    "test_launching.py": (("torch",), "these launches are PyTorch's"),
     "test_serve.py": (("tensorflow",), "the server runs TensorFlow without Keras"),
     "test_sessions_of_a_saved_model.py": (
         ("tensorflow", "jax"),

@@ -144,13 +144,14 @@ def run(launch, inputs):
             results.append(None if x is None else _allocate(some, x))
     arguments = [some if x is None else x for x in (*inputs, *launch.numbers, *results)]
     with torch.cuda.device_of(some):
-        compiled = launch.compiled.get(some.device)
+        key = some.device, *[None if x is None else x.dtype for x in inputs]
+        compiled = launch.compiled.get(key)
         if compiled is None:
             compiled = launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
-            launch.compiled[some.device] = compiled  # `None` if interpreted
+            launch.compiled[key] = compiled  # `None` if interpreted
         else:
             # Without asking again for what the arguments are like, which takes longer than the
-            # kernel: the launch has their dtypes and numbers, and addresses are aligned.
+            # kernel: their dtypes and the numbers are the same, and addresses are aligned.
             grid = (*launch.grid, 1, 1)[:3]
             compiled[grid](*arguments, *launch.constants.values())
     return tuple(results)
