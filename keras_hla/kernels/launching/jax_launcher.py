@@ -1,10 +1,15 @@
 """Launches under JAX, by jax-triton."""
 
 import functools
+import inspect
 
 import jax
 import jax_triton
 import keras
+
+# Which name jax-triton has for the shapes of outputs: the first from 0.4 on.
+_PARAMETERS = inspect.signature(jax_triton.triton_call).parameters
+_OUTPUTS = "out_type" if "out_type" in _PARAMETERS else "out_shape"
 
 
 def register(function):
@@ -43,8 +48,8 @@ def run(launch, inputs):
         *inputs,
         *launch.numbers,
         kernel=launch.kernel,
-        out_shape=shapes,
         grid=launch.grid,
+        **{_OUTPUTS: shapes},
         **launch.constants,
         **launch.options,
     )
