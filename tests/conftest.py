@@ -65,7 +65,7 @@ ONLY = {
         backends_of_kernels,
         "without a GPU JAX cannot run the kernels, TensorFlow has none",
     ),
-    "test_launching.py": (("torch",), "these launches are PyTorch's"),
+    "test_kernels_torch.py": (("torch",), "this is how PyTorch calls the kernels"),
     "test_serve.py": (("tensorflow",), "the server runs TensorFlow without Keras"),
     "test_sessions_of_a_saved_model.py": (
         ("tensorflow", "jax"),

@@ -1,6 +1,6 @@
 """Stages, portable and by kernels, against float64 definitions."""
 
-from backends import relative_error, value_and_gradients
+from backends import relative_error, rounded, value_and_gradients
 import keras
 from keras import ops
 import numpy as np
@@ -21,11 +21,6 @@ by_all = pytest.mark.parametrize(
 )
 in_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 MASKS = ("none", "left", "right", "scattered", "rows")
-
-
-def rounded(array, dtype):
-    """A float32 array of numbers of `dtype`."""
-    return ops.convert_to_numpy(ops.cast(ops.cast(array, dtype), "float32"))
 
 
 def draw(rng, shape, dtype="float32"):
