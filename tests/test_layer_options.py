@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scripts import run_python
 
-from keras_hla import layers
+from keras_hla import layers, stages
 from keras_hla.layers.short_convolution import ShortConvolution
 
 BACKEND = keras.config.backend()
@@ -36,8 +36,8 @@ def convolve(x, kernel, window):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_short_convolution(x, rng, size):
-    """Each document of each row by itself, without the tokens that do not count."""
-    layer = ShortConvolution(size, None)
+    """Each segment of each row by itself, without its masked tokens."""
+    layer = ShortConvolution(size)
     layer.build((2, None, 8))
     kernel = to_numpy(layer.kernel)
     assert np.abs(kernel).max() <= size**-0.5
@@ -54,7 +54,12 @@ def test_short_convolution(x, rng, size):
             for name, array in (("mask", counts), ("starts", begin))
             if array is not None
         }
-        output, end = run(lambda x, w, options=options: layer(x, w, **options), x, window)
+
+        def both(x, window, options=options):
+            output = stages.convolve(x, layer.kernel, window=window, **options)
+            return output, stages.last_window(x, size, window, **options)
+
+        output, end = run(both, x, window)
         for row in range(2):
             keep = np.arange(40) if counts is None else np.flatnonzero(counts[row])
             first = [] if begin is None else np.flatnonzero(begin[row][keep])

@@ -16,10 +16,10 @@ from keras_hla.layers import fused as fused_layers
 from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.feature_map import get_activation, serialize_activation
-from keras_hla.layers.float64 import make_rms_norm
 from keras_hla.layers.hla import HLA
 from keras_hla.layers.hla_cell import HLACell
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
+from keras_hla.layers.rms_norm import RMSNorm
 
 # Arguments of the mixer that a residual leaves no choice of.
 _FIXED = ("return_sequences", "go_backwards", "output_shape")
@@ -180,7 +180,7 @@ class HLADecoderBlock(CompositeLayer):
             return fused_layers.transform(self, sequences, starts)
         fused = self.mixer.implementation_for(sequences, segmented).implementation == "triton"
         mixed = self.mixer(
-            _normalize(sequences, self.mixer_norm, fused),
+            self.mixer_norm.normalize(sequences, fused),
             initial_state=initial_state,
             mask=mask,
             segment_ids=segment_ids,
@@ -188,7 +188,7 @@ class HLADecoderBlock(CompositeLayer):
         )
         mixed, *states = mixed if self.mixer.return_state else (mixed,)
         output = sequences + mixed
-        hidden = _normalize(output, self.mlp_norm, fused)
+        hidden = self.mlp_norm.normalize(output, fused)
         gates = self.gate_dense(hidden)
         hidden = stages.gate(self.up_dense(hidden), gates, self.activation, fused)
         warn_of_redrawn_dropout(self, self.cell, training)
@@ -218,8 +218,11 @@ class HLADecoderBlock(CompositeLayer):
         return self.mixer.compute_output_spec(sequences, initial_state, mask, segment_ids)
 
     def _norm(self, name):
-        return make_rms_norm(
-            self.dtype_policy, epsilon=self.norm_epsilon, trainable=self.trainable, name=name
+        return RMSNorm(
+            epsilon=self.norm_epsilon,
+            trainable=self.trainable,
+            dtype=self.dtype_policy,
+            name=name,
         )
 
     def get_config(self):
@@ -232,7 +235,3 @@ class HLADecoderBlock(CompositeLayer):
             "norm_epsilon": self.norm_epsilon,
         }
         return {**mixer, **super().get_config(), **plain(config)}
-
-
-def _normalize(x, norm, fused):
-    return stages.rms_norm(x, ops.convert_to_tensor(norm.scale), norm.epsilon, fused)

@@ -13,8 +13,9 @@ from keras_hla.layers.arguments import plain, plain_number
 from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
-from keras_hla.layers.float64 import make_dense, make_rms_norm
+from keras_hla.layers.float64 import make_dense
 from keras_hla.layers.quantized import with_default
+from keras_hla.layers.rms_norm import RMSNorm
 from keras_hla.layers.short_convolution import ShortConvolution
 from keras_hla.precision import state_dtype
 from keras_hla.stages.rotary import turns_of
@@ -130,7 +131,6 @@ class HLAWeights(CompositeLayer):
         if self.conv_kernel_size is not None:
             self.conv = ShortConvolution(
                 self.conv_kernel_size,
-                self.conv_activation,
                 trainable=self.trainable,
                 dtype=self.state_dtype,
                 name="conv",
@@ -198,7 +198,7 @@ class HLAWeights(CompositeLayer):
         )
 
     def _norm(self, name, dim):
-        norm = make_rms_norm(self.state_dtype, trainable=self.trainable, name=name)
+        norm = RMSNorm(dtype=self.state_dtype, trainable=self.trainable, name=name)
         norm.build((None, dim))
         return norm
 
