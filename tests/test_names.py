@@ -1,6 +1,9 @@
 """Inputs and states have the same names in a new model, a loaded one, and an exported one."""
 
+import zipfile
+
 from backends import relative_error
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -48,6 +51,10 @@ def test_a_loaded_model_has_the_names_of_the_new_one(kind, tmp_path):
 def test_a_streaming_model_of_unnamed_inputs_is_loaded(rng, tmp_path):
     stream = streaming_model(make("several"))
     stream.save(tmp_path / "stream.keras")
+    with zipfile.ZipFile(tmp_path / "stream.keras") as file:  # as in files of former versions
+        assert b'"keras_hla>StreamedModel"' in file.read("config.json")
+        with h5py.File(file.open("model.weights.h5")) as weights:
+            assert "streamed_model" in weights["layers"]
     loaded = keras.saving.load_model(tmp_path / "stream.keras")
     inputs = {name: rng.standard_normal((2, 5, 4)).astype("float32") for name in INPUTS["several"]}
     inputs |= stream.initial_state(2)

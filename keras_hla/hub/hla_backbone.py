@@ -7,7 +7,7 @@ from keras_hla.checks import check_positive_int
 from keras_hla.layers import HLA, HLACell, HLADecoderBlock
 from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.quantized import layer_options, policy_with_quantized
-from keras_hla.layers.rms_norm import RMSNorm
+from keras_hla.layers.rms_normalization import RMSNormalization
 
 # Arguments of the blocks that generation leaves no choice of.
 _FIXED = {"return_state": True, "stateful": False, "causal": True}
@@ -121,7 +121,7 @@ class HLABackbone(Backbone):
             )
             for i in range(num_layers)
         ]
-        self.norm = RMSNorm(epsilon=norm_epsilon, dtype=dtype, name="norm")
+        self.norm = RMSNormalization(epsilon=norm_epsilon, dtype=dtype, name="norm")
         # Both treat each token alone. If they do not say so, Keras warns that a mask ends there.
         self.token_embedding.supports_masking = self.norm.supports_masking = True
 

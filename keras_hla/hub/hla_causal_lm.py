@@ -62,7 +62,7 @@ class HLACausalLM(CausalLM):
 
     def make_generate_function(self):
         """As that of keras-hub, but anew where layers have other variables, as after LoRA."""
-        if self._snapshot is None or not self._snapshot.shows(self):
+        if self._snapshot is None or not self._snapshot.matches(self):
             self._snapshot = Snapshot(self, self._forget)
             self._forget()
         return super().make_generate_function()

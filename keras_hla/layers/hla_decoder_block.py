@@ -19,7 +19,7 @@ from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.hla import HLA
 from keras_hla.layers.hla_cell import HLACell
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
-from keras_hla.layers.rms_norm import RMSNorm
+from keras_hla.layers.rms_normalization import RMSNormalization
 
 # Arguments of the mixer that a residual leaves no choice of.
 _FIXED = ("return_sequences", "go_backwards", "output_shape")
@@ -218,7 +218,7 @@ class HLADecoderBlock(CompositeLayer):
         return self.mixer.compute_output_spec(sequences, initial_state, mask, segment_ids)
 
     def _norm(self, name):
-        return RMSNorm(
+        return RMSNormalization(
             epsilon=self.norm_epsilon,
             trainable=self.trainable,
             dtype=self.dtype_policy,

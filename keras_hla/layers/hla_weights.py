@@ -15,7 +15,7 @@ from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.float64 import make_dense
 from keras_hla.layers.quantized import with_default
-from keras_hla.layers.rms_norm import RMSNorm
+from keras_hla.layers.rms_normalization import RMSNormalization
 from keras_hla.layers.short_convolution import ShortConvolution
 from keras_hla.precision import state_dtype
 from keras_hla.stages.rotary import turns_of
@@ -198,7 +198,7 @@ class HLAWeights(CompositeLayer):
         )
 
     def _norm(self, name, dim):
-        norm = RMSNorm(dtype=self.state_dtype, trainable=self.trainable, name=name)
+        norm = RMSNormalization(dtype=self.state_dtype, trainable=self.trainable, name=name)
         norm.build((None, dim))
         return norm
 

@@ -40,7 +40,7 @@ class StreamingModel(keras.Model):
 
     def make_predict_function(self, force=False):
         """As Keras' own, but anew where layers have other variables, as after `enable_lora`."""
-        changed = self._snapshot is None or not self._snapshot.shows(self)
+        changed = self._snapshot is None or not self._snapshot.matches(self)
         if changed:
             self._snapshot = Snapshot(self, self._forget)
         return super().make_predict_function(force=force or changed)

@@ -7,10 +7,11 @@ from keras_hla import stages
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
-class RMSNorm(keras.layers.RMSNormalization):
+class RMSNormalization(keras.layers.RMSNormalization):
     """`keras.layers.RMSNormalization` of the last axis, computed by `keras_hla.stages.rms_norm`.
 
-    Keras' own computes in float32 under a policy of float64.
+    Keras' own computes in float32 under a policy of float64. It has the same name, as paths of
+    weights in files hold that.
     """
 
     def call(self, x):
