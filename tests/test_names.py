@@ -62,6 +62,24 @@ def test_a_streaming_model_of_unnamed_inputs_is_loaded(rng, tmp_path):
         assert relative_error(a, b) <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_files_hold_weights_where_former_versions_do(dtype, tmp_path):
+    sequences = keras.Input((None, 4), dtype=dtype)
+    options = {"qk_norm": True, "output_gate": "silu", "dtype": dtype}
+    model = keras.Model(sequences, layers.HLADecoderBlock(2, 4, **options)(sequences))
+    model.save_weights(tmp_path / "model.weights.h5")
+    paths = []
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        file.visititems(lambda name, x: paths.append(name) if hasattr(x, "dtype") else None)
+    names = ["cell/conv/vars/0", "cell/log_decay/logit_dense/vars/0"]
+    names += ["cell/log_decay/logit_dense/vars/1"]
+    names += [f"cell/{name}_dense/vars/0" for name in ("query", "key", "value", "output", "gate")]
+    names += [f"cell/{name}/vars/0" for name in ("query_norm", "key_norm", "norm")]
+    names += [f"{name}/vars/0" for name in ("gate_dense", "up_dense", "down_dense")]
+    names += [f"{name}/vars/0" for name in ("mixer_norm", "mlp_norm")]
+    assert sorted(paths) == sorted(f"layers/hla_decoder_block/{name}" for name in names)
+
+
 def test_inputs_called_like_unnamed_ones_are_refused():
     inputs = [keras.Input((None, 4)), keras.Input((None, 4), name="inputs_1")]
     with pytest.raises(ValueError, match=r"must not have these names.*inputs_1"):

@@ -345,7 +345,7 @@ class HLA(CompositeLayer):
         length = 0 if sequences is None else sequences.shape[1]
         if self.remat_length is not None and length > self.remat_length:
             return "the sequence is longer than `remat_length`"
-        return fused_layers.why_not_fused(self.cell, [*self.cell.denses, *others])
+        return fused_layers.why_not_fused(self.cell, [*self.cell.denses(), *others])
 
     def _check_noncausal(self):
         cell = self.cell

@@ -177,9 +177,8 @@ class HLAWeights(CompositeLayer):
             sizes.append((2,))
         return sizes
 
-    @property
-    def denses(self):
-        """All projections."""
+    def denses(self):  # no property, as which Keras would save them in the place of the attributes
+        """Returns the list of all projections."""
         denses = [self.query_dense, self.key_dense, self.value_dense, self.output_dense]
         if self.output_gate is not None:
             denses.append(self.gate_dense)
