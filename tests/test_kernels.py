@@ -212,7 +212,7 @@ def test_mask_and_segment_ids(rng, operator):
         **KERNELS,
     )
     assert not to_numpy(output)[:, ~mask].any()
-    for n in range(3):  # each document alone, without what does not count
+    for n in range(3):  # each segment alone, without its masked tokens
         kept = mask & (ids == n)
         alone = Reference(serial, operator, [x[:, kept] for x in inputs], log_decay[:, kept])
         assert relative_error(output[:, kept], alone.output) <= FORWARD

@@ -29,7 +29,7 @@ class HLABackbone(Backbone):
             that are dropped in training.
         norm_epsilon: Positive number, added to the mean squares of the norms.
         tie_word_embeddings: Whether the logits of a language model are computed
-            with the weights of the embedding, or with weights of their own.
+            with the weights of the embedding, or with separate weights.
         seed: Integer, seed of the dropout.
         name: Name of the model.
         trainable: Whether the weights are trained.
@@ -42,7 +42,7 @@ class HLABackbone(Backbone):
     Call arguments:
         inputs: Dictionary of `"token_ids"`, integers of shape `(batch, length)`,
             and `"padding_mask"`, booleans or integers of the same shape, true
-            where a token counts. The others leave the states as they are.
+            for unmasked tokens. Masked ones leave the states as they are.
 
     Returns:
         A tensor of shape `(batch, length, hidden_dim)`.
@@ -154,7 +154,7 @@ class HLABackbone(Backbone):
             states: States before these tokens, as this method returns them, or
                 as `get_initial_state` does.
             padding_mask: Tensor of shape `(batch, length)`, as in a call of the
-                backbone, or `None` if all tokens count.
+                backbone, or `None` if no token is masked.
 
         Returns:
             The tuple `(outputs, states)`: a tensor of shape `(batch, length,

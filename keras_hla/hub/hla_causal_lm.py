@@ -125,7 +125,7 @@ class HLACausalLM(CausalLM):
 
         Args:
             token_ids: Integer tensor of shape `(batch, length)`.
-            padding_mask: Tensor of the same shape, true where a token counts, or
+            padding_mask: Tensor of the same shape, true for unmasked tokens, or
                 `None` if all count.
             scoring_mode: `"logits"` or `"loss"`.
             target_ids: Integer tensor of the same shape: for `"loss"` the tokens

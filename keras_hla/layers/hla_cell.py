@@ -39,7 +39,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
         key_dim: Size of each query and key head.
         value_dim: Size of each value head. `None` is `key_dim`.
         num_key_value_heads: Number of key and value heads, a divisor of
-            `num_heads`: query heads in a row share one. `None` is `num_heads`.
+            `num_heads`: consecutive query heads share one. `None` is `num_heads`.
         operator: Name of an operator, or an operator that has a name; see
             `keras_hla.operators.get`.
         decay: How fast the past is forgotten: `None`, not at all; a number in

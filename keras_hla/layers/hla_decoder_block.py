@@ -23,8 +23,8 @@ from keras_hla.layers.rms_normalization import RMSNormalization
 
 # Arguments of the mixer that a residual leaves no choice of.
 _FIXED = ("return_sequences", "go_backwards", "output_shape")
-# The sizes of the MLP are multiples of this.
-_MULTIPLE = 16
+# The size of an MLP is a multiple of this.
+_MLP_MULTIPLE = 16
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
@@ -58,8 +58,8 @@ class HLADecoderBlock(CompositeLayer):
         sequences: Tensor of shape `(batch, length, features)`.
         initial_state: List of states as returned with `return_state=True`, or
             `None`, as in `HLA`.
-        mask: Boolean tensor of shape `(batch, length)`, true where a token
-            counts. What the others hold does not matter.
+        mask: Boolean tensor of shape `(batch, length)`, true for unmasked
+            tokens. What masked ones hold does not matter.
         segment_ids: Integer tensor of shape `(batch, length)`, as in `HLA`.
         training: Whether to drop outputs.
 
@@ -133,7 +133,7 @@ class HLADecoderBlock(CompositeLayer):
     def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
         check_features("sequences", sequences_shape, "(batch, length, features)")
         features = sequences_shape[-1]
-        size = self.intermediate_dim or -(-8 * features // (3 * _MULTIPLE)) * _MULTIPLE
+        size = self.intermediate_dim or -(-8 * features // (3 * _MLP_MULTIPLE)) * _MLP_MULTIPLE
         cell = self.mixer.cell
         self.mixer_norm = self._norm("mixer_norm")
         self.mlp_norm = self._norm("mlp_norm")

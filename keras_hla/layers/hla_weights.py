@@ -209,7 +209,7 @@ class HLAWeights(CompositeLayer):
             name: Name of the layer.
             owner: The `CompositeLayer` that it is in, if not the cell.
         """
-        # Every projection needs an initializer of its own, or all would start with equal weights.
+        # Every projection needs a separate initializer, or all would start with equal weights.
         return make_dense(
             int(units),
             use_bias=self.use_bias,

@@ -86,9 +86,9 @@ def streaming_model(model, masked=False):
             the inputs of unknown length, as in `keras.Input((None,))`; if there is
             none, those of three or more axes and those of integers.
         masked: Whether the model has one more input, `"mask"`: a boolean tensor of
-            shape `(batch, length)`, true where a token counts. With it the pieces
-            of a batch can be of different lengths. The outputs of tokens that do
-            not count mean nothing. Those that the model masks by itself, as with
+            shape `(batch, length)`, true for unmasked tokens. With it the pieces
+            of a batch can be of different lengths. The outputs of the tokens that it
+            masks mean nothing. Those that the model masks by itself, as with
             `Embedding(mask_zero=True)`, have the outputs that they have in the whole.
 
     Returns:
