@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "kernels.device": "",
     "kernels.passes": "",
     "kernels.operator": "kernels.launching kernels.device kernels.passes",
-    "kernels.stages": "kernels.launching",
+    "kernels.stages": "kernels.launching kernels.device",
     "kernels.fusion": "kernels.launching kernels.operator kernels.passes kernels.stages",
     "kernels": "checks operators kernels.device kernels.passes",
     # What a layer does before and after its operator: portable, or by kernels.

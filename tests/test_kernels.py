@@ -23,7 +23,7 @@ every_operator = pytest.mark.parametrize("operator", OPERATORS)
 @pytest.fixture(params=["one span", "spans"])
 def spans(request, monkeypatch):
     """A short sequence in one span, or in one for each chunk."""
-    monkeypatch.setattr(plan, "_SPAN_CHUNKS", 1 if request.param == "spans" else 8)
+    monkeypatch.setattr(plan, "_FEWEST_SPAN_CHUNKS", 1 if request.param == "spans" else 8)
     plan.plan_of.cache_clear()
     yield
     plan.plan_of.cache_clear()

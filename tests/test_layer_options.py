@@ -37,7 +37,7 @@ def convolve(x, kernel, window):
 @pytest.mark.parametrize("size", [2, 4])
 def test_short_convolution(x, rng, size):
     """Each segment of each row by itself, without its masked tokens."""
-    layer = ShortConvolution(size)
+    layer = ShortConvolution(size, None)
     layer.build((2, None, 8))
     kernel = to_numpy(layer.kernel)
     assert np.abs(kernel).max() <= size**-0.5

@@ -131,6 +131,7 @@ class HLAWeights(CompositeLayer):
         if self.conv_kernel_size is not None:
             self.conv = ShortConvolution(
                 self.conv_kernel_size,
+                self.conv_activation,
                 trainable=self.trainable,
                 dtype=self.state_dtype,
                 name="conv",

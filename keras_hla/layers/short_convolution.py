@@ -8,11 +8,13 @@ class ShortConvolution(keras.layers.Layer):
 
     Args:
         kernel_size: Number of tokens that an output reads.
+        activation: Activation after the convolution, or `None`.
     """
 
-    def __init__(self, kernel_size, **kwargs):
+    def __init__(self, kernel_size, activation, **kwargs):
         super().__init__(autocast=False, **kwargs)
         self.kernel_size = kernel_size
+        self.activation = activation
 
     def build(self, input_shape):
         # As torch starts a convolution of one feature: uniform, up to kernel_size ** -0.5.
