@@ -9,6 +9,7 @@ import weakref
 import keras
 from keras.src.backend import AutocastScope  # which has no public name
 
+from keras_hla.backend.compiling import is_torch_compiling
 from keras_hla.inputs import arrange_log_decay
 from keras_hla.scan import least_log_decay
 from keras_hla.stages.rotary import rotation_from_start
@@ -25,9 +26,7 @@ def why_not_fused(cell, denses):
     """
     if keras.config.backend() != "torch":
         return "the backend compiles whole layers"
-    import torch
-
-    if torch.compiler.is_compiling():
+    if is_torch_compiling():
         return "PyTorch compiles the layer"
     activations = cell.conv_activation, cell.output_gate
     if cell.feature_map or any(x not in (None, keras.activations.silu) for x in activations):

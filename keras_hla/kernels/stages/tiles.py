@@ -4,7 +4,7 @@ from keras import ops
 import triton
 import triton.language as tl
 
-# Bytes that a program holds of each of its tensors in float32: what fits the registers.
+# Elements that a program holds of each of its tensors, in float32: what fits the registers.
 _ELEMENTS = 4096
 
 
