@@ -3,6 +3,7 @@
 Without an optimizer. The width of the layer is heads times dim, that of the input as well.
 """
 
+import keras
 import numpy as np
 
 from benchmarks import memory, runtime, timing, trainees
@@ -15,6 +16,7 @@ COLUMN = "training step"
 def measure(kind, case, which, options):
     """Returns a row for each trainee, on one case; `kind` is "layers" or "blocks"."""
     backend = runtime.current()
+    keras.utils.set_random_seed(0)
     title = f"{kind.removesuffix('s')}, {case}"
     rows, samples = {}, {}
     chosen = {trainee.name: trainee for trainee in trainees.choose(kind, case, which, options.jit)}

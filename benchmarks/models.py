@@ -2,6 +2,8 @@
 
 import math
 
+import keras
+
 from benchmarks import language_model, runtime, timing, trainees
 from benchmarks.report import Row
 
@@ -11,6 +13,7 @@ COLUMN = "training step"
 def measure(case, which, options):
     """Returns a row for each model, on one case."""
     backend = runtime.current()
+    keras.utils.set_random_seed(0)
     vocabulary, count = language_model.sizes()
     title = f"model of {count} blocks, vocabulary of {vocabulary:,}, {case}"
     rows, samples, losses = {}, {}, {}

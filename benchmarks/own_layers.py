@@ -103,10 +103,9 @@ def _errors(layer, case, announced, call, arguments, jit):
     cotangent = backend.to_numpy(cotangent).astype("float32")
     cotangent[:, : min(TOKENS, case.length // 2)] = 0
     step = keras_step(copy, Announced("portable"))
-    of_copy = [inputs[0], *step.weights], [], backend.tensor(cotangent, "float32")
-    output, (dinput, *dweights) = _run(backend.training(step.function, "auto"), of_copy)
-    arguments = inputs, [], backend.tensor(cotangent, case.dtype)
-    found, (found_dinput, *found_dweights) = _run(call, arguments)
+    of_copy, copied = backend.training(step.function, "auto"), [inputs[0], *step.weights]
+    output, (dinput, *dweights) = _run(of_copy, copied, cotangent, "float32")
+    found, (found_dinput, *found_dweights) = _run(call, inputs, cotangent, case.dtype)
     errors["output at the shape"] = reference.relative_error(found, output)
     errors["dinput"] = reference.relative_error(found_dinput, dinput)
     errors["dweights"] = max(map(reference.relative_error, found_dweights, dweights))
@@ -121,9 +120,9 @@ def _portable_copy(layer, case):
     return copy
 
 
-def _run(call, arguments):
+def _run(call, inputs, cotangent, dtype):
     backend = runtime.current()
-    output, gradients = call(*arguments)
+    output, gradients = call(inputs, [], backend.tensor(cotangent, dtype))
     return backend.to_numpy(output), [backend.to_numpy(x) for x in gradients]
 
 
