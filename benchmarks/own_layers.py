@@ -133,15 +133,15 @@ def _difference_from_cell(layer, case):
     x = np.random.default_rng(1).standard_normal(shape).astype("float32")
     loop = keras.layers.RNN(layer.cell, return_sequences=True, dtype="float32")
 
-    def by_loop(x):
-        return backend.to_numpy(loop(backend.tensor(x.astype("float32"), "float32")))
+    def run(layer, x):
+        x = backend.tensor(x.astype("float32"), "float32")
+        return backend.to_numpy(backend.forward(layer, "off")([x], []))
 
     if isinstance(layer, HLA):
-        expected = by_loop(x)
+        expected = run(loop, x)
     else:
         norms = layer.mixer_norm.scale, layer.mlp_norm.scale
         kernels = (dense.kernel for dense in (layer.gate_dense, layer.up_dense, layer.down_dense))
         weights = (ops.convert_to_numpy(v).astype("float64") for v in (*norms, *kernels))
-        expected = reference.block(x.astype("float64"), by_loop, *weights)
-    output = backend.to_numpy(layer(backend.tensor(x, "float32")))
-    return reference.relative_error(output, expected)
+        expected = reference.block(x.astype("float64"), partial(run, loop), *weights)
+    return reference.relative_error(run(layer, x), expected)
