@@ -54,12 +54,13 @@ def evaluate(
 
 
 def _evaluate_form(operator, inputs, state, form, causal, chunk_size):
+    query, key, value, log_decay = inputs
     if form == "step":
-        return forms.step(operator, *inputs, state)
+        return forms.step(operator, query, key, value, log_decay, state)
     if form == "recurrent":
-        return forms.recurrent(operator, *inputs, state)
+        return forms.recurrent(operator, query, key, value, log_decay, state)
     if form == "matrix":
-        return forms.matrix(operator, *inputs, state, causal)
+        return forms.matrix(operator, query, key, value, log_decay, state, causal)
     if not causal:
-        return forms.unordered(operator, *inputs, state)
-    return forms.chunked(operator, *inputs, state, chunk_size)
+        return forms.unordered(operator, query, key, value, log_decay, state)
+    return forms.chunked(operator, query, key, value, log_decay, state, chunk_size)

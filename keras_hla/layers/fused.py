@@ -108,28 +108,26 @@ def _record_mlp(recorder, block, x):
 
 def _record_mixer(recorder, cell, x, starts):
     """Notes what an `HLA` layer makes of `x`, and returns what stands for the result."""
-    x_projected = recorder.project_together(x, cell.query_dense, cell.key_dense, cell.value_dense)
-    rotates, segments = cell.rope_max_wavelength is not None, None
-    angles = (recorder.input("cos"), recorder.input("sin")) if rotates else None
+    joint = recorder.project_together(x, cell.query_dense, cell.key_dense, cell.value_dense)
+    angles = segments = None
+    if cell.rope_max_wavelength is not None:
+        angles = recorder.input("cos"), recorder.input("sin")
     if cell.conv_kernel_size is not None and starts is not None:
         segments = recorder.input("segments")
     query, key, value = recorder.operands(
-        x_projected,
+        joint,
         (cell.num_heads, cell.num_key_value_heads),
         (cell.key_dim, cell.value_dim),
         convolution=None if cell.conv_kernel_size is None else cell.conv,
         segments=segments,
-        **({} if cell.qk_norm else {"scale": cell.scale, "angles": angles}),
+        scale=1.0 if cell.qk_norm else cell.scale,
+        angles=None if cell.qk_norm else angles,
     )
     if cell.qk_norm:
         query = recorder.rms_norm(query, cell.query_norm)
         key = recorder.rms_norm(key, cell.key_norm)
-        query = (
-            recorder.rotate(query, *angles, cell.scale)
-            if rotates
-            else recorder.scale(query, cell.scale)
-        )
-        key = recorder.rotate(key, *angles) if rotates else key
+        query = recorder.rotate(query, angles, cell.scale)
+        key = recorder.rotate(key, angles)
     if cell.decay == "input":
         least = least_log_decay(cell.state_dtype)
         log_decay = recorder.log_decay(x, cell.log_decay.logit_dense, least, starts)

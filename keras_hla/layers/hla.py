@@ -284,10 +284,12 @@ class HLA(CompositeLayer):
         implementation, _ = self.implementation_for(sequences, segmented)
         fused = stages.are_fused(implementation)
         memory, context = (None, {}) if states is None else cell.split_states(states)
-        operands, context = cell.project(sequences, context, mask, starts, return_state, fused)
+        (query, key, value, log_decay), context = cell.project(
+            sequences, context, mask, starts, return_state, fused
+        )
         output, memory = evaluate(
             cell.operator,
-            arrange(*operands, mask, starts),
+            arrange(query, key, value, log_decay, mask, starts),
             memory if self.causal else None,
             causal=self.causal,
             return_state=return_state,

@@ -171,8 +171,8 @@ class HLACell(HLAWeights, DropoutRNNCell):
             and the new context.
         """
         dtype = exchanged_dtype(self.compute_dtype)
-        projected = (self.query_dense, self.key_dense, self.value_dense)
-        projected = [ops.cast(dense(sequences), dtype) for dense in projected]
+        denses = (self.query_dense, self.key_dense, self.value_dense)
+        projected = [ops.cast(dense(sequences), dtype) for dense in denses]
         after = {}
         if self.conv_kernel_size is not None:
             projected, after["window"] = self._convolve(
@@ -193,11 +193,11 @@ class HLACell(HLAWeights, DropoutRNNCell):
         if self.rope_max_wavelength is None:
             query = query * self.scale
         else:
-            angles, after["position"] = self._angles(
+            (cos, sin), after["position"] = self._angles(
                 sequences, context.get("position"), mask, return_context
             )
-            query = stages.rotate(query, *angles, self.scale, fused)
-            key = stages.rotate(key, *angles, fused=fused)
+            query = stages.rotate(query, cos, sin, self.scale, fused)
+            key = stages.rotate(key, cos, sin, fused=fused)
         log_decay = None if self.decay is None else self.log_decay(sequences)
         return (query, key, value, log_decay), after if return_context else {}
 

@@ -65,7 +65,8 @@ def _project_together(run, options, tensors, save):
 
 
 def _project_together_gradients(run, options, tensors, saved, results, wanted):
-    x, (kernel,), found = tensors["x"], saved, {}
+    x, (kernel,) = tensors["x"], saved
+    found: dict = {}
     flat, g = x.view(-1, kernel.shape[0]), results[0].view(-1, kernel.shape[1])
     sizes = [tensors[f"kernel{i}"].shape[1] for i in range(options[0])]
     dtype = tensors["kernel0"].dtype

@@ -120,7 +120,7 @@ class Program:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, program, numbers, *tensors):
-        tensors = list(map(as_kernels_take_it, tensors))
+        tensors = tuple(map(as_kernels_take_it, tensors))
         result, kept, saved = program.evaluate(dict(zip(numbers, tensors, strict=True)), True)
         ctx.program, ctx.numbers, ctx.kept = program, numbers, tuple(kept)
         ctx.counts = [len(x) for x in saved]

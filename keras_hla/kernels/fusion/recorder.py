@@ -88,12 +88,15 @@ class Recorder:
         (result,) = self._note(NORM, read, (norm.epsilon,), recompute=recompute)
         return result
 
-    def rotate(self, x, cos, sin, scale=1.0):
-        (result,) = self._note(ROTARY, {"x": x, "cos": cos, "sin": sin}, (scale,))
-        return result
-
-    def scale(self, x, scale):
-        (result,) = self._note(functions.SCALE, {"x": x}, (scale,))
+    def rotate(self, x, angles, scale=1.0):
+        """`x` times the scale, rotated where `angles` are not `None`."""
+        if angles is None and scale == 1.0:
+            return x
+        if angles is None:
+            (result,) = self._note(functions.SCALE, {"x": x}, (scale,))
+        else:
+            cos, sin = angles
+            (result,) = self._note(ROTARY, {"x": x, "cos": cos, "sin": sin}, (scale,))
         return result
 
     def log_decay(self, x, dense, least, starts):

@@ -31,7 +31,7 @@ def call(function, options, tensors):
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, options, names, *tensors):
-        tensors = [as_kernels_take_it(x) for x in tensors]
+        tensors = tuple(map(as_kernels_take_it, tensors))
         results, saved = function.evaluate(
             run, options, dict(zip(names, tensors, strict=True)), True
         )

@@ -260,7 +260,7 @@ def _gather(
     """What tokens get from those of the tile that read them, for both halves of the features."""
     index = tl.arange(0, token.shape[0])
     da, db = tl.zeros(ga.shape, tl.float32), tl.zeros(gb.shape, tl.float32)
-    own = 0
+    own = index
     if SEGMENTS:
         own = tl.load(segments + token, mask=token < length, other=-1)
     for j in tl.static_range(SIZE):
