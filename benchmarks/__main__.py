@@ -1,14 +1,17 @@
 """Measures the package beside its peers, on one backend; prints a table, saves a CSV and a PNG.
 
 By default the operators alone: forward, and forward with the gradients of queries, keys and values.
-With --layers the training step of whole layers, with --streaming a token that is written. Results
-are held to float64 before they are timed; a wrong one has no time, and the exit status is 1.
+With --layers the training step of blocks, layers and models, with --streaming a token that is
+written. Results are checked before they are timed, and on a GPU that the kernels ran which were
+announced; where that fails there is no time, and the exit status is 1.
 """
 
 import argparse
 import os
 from pathlib import Path
 import sys
+
+from benchmarks.cases import KINDS, SHAPES, Case
 
 OPERATORS = ("linear", "hla2", "ahla", "hla3", "hla2_published", "hla3_published")
 
@@ -26,23 +29,35 @@ def parse(argv):
     add = parser.add_argument
     add("--backend", choices=("tensorflow", "jax", "torch"), required=True)
     add("--device", choices=("cpu", "gpu"), help="default: a GPU where the backend finds one")
-    add("--layers", action="store_true", help="the training step of HLA, attention and a GRU")
+    add(
+        "--layers",
+        type=names,
+        nargs="?",
+        const=list(KINDS),
+        metavar="KINDS",
+        help="the training step of HLA and peers; of blocks,layers,models (default: all)",
+    )
     add("--streaming", action="store_true", help="a token from a state, a prefix and a cache")
     add(
         "--shapes",
         type=names,
-        help="batch x heads x length x dim [x value_dim], as in 8x16x8192x64,1x4x4096x64 "
-        "(default: 1x4x4096x64, on a GPU 8x16x8192x64)",
+        help="batch x heads x length x dim [x value_dim], as in 8x16x8192x64,1x4x4096x64; "
+        "the width of layers is heads x dim (default: 1x4x4096x64, on a GPU larger)",
     )
     add("--dtypes", type=names, help="default: float32, on a GPU bfloat16")
     add("--operators", type=names, default=["hla2"], help="default: hla2")
-    add("--decay", action="store_true", help="a decay of 0.9 to 1 for each head and token")
+    add("--decay", action="store_true", help="of operators: 0.9 to 1 for each head and token")
     add("--implementations", type=names, default=[], help="of ours: auto,portable,triton")
     add("--peers", type=names, help="names, or none; default: all")
     add("--contexts", type=names, default=["512", "2048", "8192", "32768"], help="of caches")
     add("--tokens", type=int, default=1_000_000, help="length of the stream of HLA")
     add("--seconds", type=float, default=2.0, help="for each time (default: 2)")
-    add("--jit", choices=("auto", "on", "off"), default="auto", help="torch.compile or XLA")
+    add(
+        "--jit",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="torch.compile or XLA; auto is XLA, and with PyTorch for blocks on a GPU both ways",
+    )
     add(
         "--process-memory",
         action="store_true",
@@ -53,6 +68,13 @@ def parse(argv):
     for operator in arguments.operators:
         if operator not in OPERATORS:
             parser.error(f"--operators are of {', '.join(OPERATORS)}, not {operator}")
+    for kind in arguments.layers or []:
+        if kind not in KINDS:
+            parser.error(f"--layers are of {', '.join(KINDS)}, not {kind}")
+    if arguments.layers and arguments.decay:
+        parser.error("--decay is for operators: layers are measured without and with it")
+    if arguments.layers and any(shape.count("x") != 3 for shape in arguments.shapes or []):
+        parser.error("with --layers --shapes are batch x heads x length x dim")
     return arguments
 
 
@@ -90,26 +112,31 @@ def main(argv=None):
 
 def measure(arguments, on_gpu):
     """Yields lists of rows, one for each table."""
-    from benchmarks import contenders, layers, long_stream, operators, streaming
-    from benchmarks.cases import Case
+    from benchmarks import contenders, layers, long_stream, models, operators, streaming, trainees
 
     options = operators.Options(arguments.seconds, arguments.jit, arguments.process_memory)
     if arguments.streaming:
         yield streaming.measure([int(x) for x in arguments.contexts], arguments.tokens, options)
         yield long_stream.measure(arguments.tokens)
         return
-    default = "8x16x8192x64" if on_gpu and not arguments.layers else "1x4x4096x64"
     peers = [] if arguments.peers == ["none"] else arguments.peers
-    for shape in arguments.shapes or [default]:
-        for dtype in arguments.dtypes or ["bfloat16" if on_gpu else "float32"]:
-            case = Case.parse(shape, dtype=dtype, decay=arguments.decay)
-            if arguments.layers:
-                yield layers.measure(case, arguments.operators, options)
+    which = trainees.Which(arguments.operators, arguments.implementations, peers)
+    for kind in arguments.layers or ["operators"]:
+        for case in cases(kind, arguments, on_gpu):
+            if kind == "operators":
+                yield operators.measure(case, contenders.choose(case, *which), options)
+            elif kind == "models":
+                yield models.measure(case, which, options)
             else:
-                chosen = contenders.choose(
-                    case, arguments.operators, arguments.implementations, peers
-                )
-                yield operators.measure(case, chosen, options)
+                yield layers.measure(kind, case, which, options)
+
+
+def cases(kind, arguments, on_gpu):
+    return [
+        Case.parse(shape, dtype=dtype, decay=arguments.decay)
+        for shape in arguments.shapes or SHAPES[kind][on_gpu]
+        for dtype in arguments.dtypes or ["bfloat16" if on_gpu else "float32"]
+    ]
 
 
 def save(rows, arguments, device):

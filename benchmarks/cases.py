@@ -4,6 +4,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+KINDS = ("blocks", "layers", "models")  # of `--layers`, the headline first
+# By default: on a CPU, and on a GPU.
+SHAPES = {
+    "operators": (["1x4x4096x64"], ["8x16x8192x64"]),
+    "layers": (["1x4x4096x64"], ["16x12x2048x64", "4x12x8192x64"]),
+    "blocks": (["1x4x4096x64"], ["16x12x2048x64", "4x12x8192x64"]),
+    "models": (["1x4x512x64"], ["8x12x2048x64"]),
+}
 SHORT = 300  # tokens at which gradients are held to length x length matrices
 
 

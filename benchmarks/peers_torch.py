@@ -79,7 +79,7 @@ def _fla(case, operator):
         ("fla_simple_gla", "chunk_simple_gla", True, _simple_gla),
     ):
         label = f"fla {operator}: {count} x {name}"
-        reason = _fla_missing()
+        reason = fla_missing("fla.ops.simple_gla")
         if decays != case.decay:
             reason = "is for a decay" if decays else "has no decay"
         if reason:
@@ -89,11 +89,12 @@ def _fla(case, operator):
     return found
 
 
-def _fla_missing():
+def fla_missing(module):
+    """Why a module of flash-linear-attention cannot be used, or an empty string."""
     if not on_gpu():
         return "flash-linear-attention needs a GPU"
     try:
-        importlib.import_module("fla.ops.simple_gla")
+        importlib.import_module(module)
     except ImportError as error:
         return f"flash-linear-attention cannot be imported: {error}"
     return ""

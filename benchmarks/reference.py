@@ -3,6 +3,7 @@
 `by_matrices` has the definition with its length x length matrices, and the gradients by the
 formulas for products of matrices. `on_long_sequence` has outputs of one head by a recurrence over
 chunks, or for attention the last rows. Arrays are `(..., length, dim)`, log-decays `(..., length)`.
+`attention` and `block` are layers, of arrays `(batch, length, width)`.
 """
 
 import numpy as np
@@ -50,6 +51,30 @@ def on_long_sequence(operator, q, k, v, log_decay):
     return arrays["o"]
 
 
+def attention(x, qkv, out, cosines, sines):
+    """A layer of causal attention, with the cosines and sines of `angles`."""
+    heads = x.shape[-1] // cosines.shape[-1]
+    q, k, v = np.moveaxis((x @ qkv).reshape(*x.shape[:2], 3, heads, -1), (2, 3), (0, 2))
+    q, k = (_rotate(y, cosines, sines) for y in (q, k))
+    output = np.swapaxes(_softmax(q, k) @ v, 1, 2)
+    return output.reshape(x.shape) @ out
+
+
+def block(x, mix, norm, mlp_norm, gate, up, down):
+    """The function `mix` and a gated MLP, each with a norm before it, and added to its input."""
+    x = x + mix(_rms_norm(x) * norm)
+    y = _rms_norm(x) * mlp_norm
+    gates = y @ gate
+    return x + (gates / (1 + np.exp(-gates)) * (y @ up)) @ down
+
+
+def angles(length, dim):
+    """Float32 arrays of cosines and sines, `(length, dim)`: the two halves of `dim` are alike."""
+    turns = 10_000.0 ** (-np.arange(dim // 2) / (dim // 2))
+    found = np.tile(np.arange(length)[:, None] * turns, 2)
+    return np.cos(found).astype("float32"), np.sin(found).astype("float32")
+
+
 def relative_error(actual, expected):
     """Norm of the difference over the norm of what is expected; infinite for NaN."""
     error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
@@ -94,6 +119,17 @@ def _softmax(q, k):
     scores = np.where(np.tri(rows, columns, columns - rows, dtype=bool), scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def _rotate(x, cosines, sines):
+    """Turns each feature of the first half with that of the second, as a complex number."""
+    real, imaginary = np.split(x, 2, axis=-1)
+    turned = (real + 1j * imaginary) * np.split(cosines + 1j * sines, 2, axis=-1)[0]
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def _rms_norm(x):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
 def _softmax_by_matrices(q, k, v, cotangent):

@@ -15,6 +15,7 @@ class Row:
         times: `timing.Times` by column.
         errors: relative errors, by what is compared.
         megabytes: memory.
+        implementation: what computed it, and why.
         note: why there is no time.
         failed: whether that is an error of ours, or a wrong result.
     """
@@ -25,6 +26,7 @@ class Row:
     times: dict = field(default_factory=dict)
     errors: dict = field(default_factory=dict)
     megabytes: float | None = None
+    implementation: str = ""
     note: str = ""
     failed: bool = False
 
@@ -42,7 +44,7 @@ class Row:
         lines = [x for x in map(str.strip, str(error).splitlines()) if x]
         if len(lines) > 1 and lines[0].startswith("Exception encountered"):  # by Keras, in a layer
             del lines[0]
-        self.times, self.failed = {}, failed
+        self.times, self.failed, self.implementation = {}, failed, ""
         self.note = f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
 
 
@@ -55,7 +57,9 @@ def print_table(rows):
     header = ["", *(f"{column}, ms" for column in columns)]
     errors = any(row.errors for row in rows)
     memory = any(row.megabytes is not None for row in rows)
+    named = any(row.implementation for row in rows)
     header += ["ratio"] * bool(columns) + ["MB"] * memory + ["error", "of gradients"] * errors
+    header += ["implementation"] * named
     first = next((row for row in rows if row.times), None)
     lines = [header]
     for row in rows:
@@ -70,8 +74,8 @@ def print_table(rows):
             line.append("" if row.megabytes is None else f"{row.megabytes:,.1f}")
         if errors:
             line += [_largest(row, gradients) for gradients in (False, True)]
-        lines.append(line)
-    _print_aligned(rows[0].case, lines)
+        lines.append(line + [row.implementation] * named)
+    _print_aligned(rows[0].case, lines, named)
 
 
 def _times(times):
@@ -92,7 +96,8 @@ def _largest(row, gradients):
     return f"{max(errors):.1e}" if errors else ""
 
 
-def _print_aligned(title, lines):
+def _print_aligned(title, lines, words):
+    """Prints lines of cells, of numbers but for the first, and with `words` the last."""
     count = max(map(len, lines))
     full = [line for line in lines if len(line) == count]
     widths = [max(len(line[n]) for line in full) for n in range(count)]
@@ -102,6 +107,7 @@ def _print_aligned(title, lines):
         name, *cells = line
         if len(line) == count:
             cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+            cells[-1] = line[-1] if words else cells[-1]
         print("  ".join([f"  {name:{widths[0]}}", *cells]).rstrip(), flush=True)
 
 
@@ -114,7 +120,8 @@ def save_csv(rows, path, **same):
             for name in ("median", "low", "high"):
                 record[f"{column} ms {name}"] = getattr(times, name)
         record |= {f"error of {name}": value for name, value in row.errors.items()}
-        records.append(record | {"MB": row.megabytes, "failed": row.failed, "note": row.note})
+        record |= {"MB": row.megabytes, "implementation": row.implementation}
+        records.append(record | {"failed": row.failed, "note": row.note})
     names = list(dict.fromkeys(name for record in records for name in record))
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")

@@ -8,6 +8,8 @@
     training(function, jit)           f(inputs, constants, cotangent) -> (output, their gradients)
     time_calls(call, argument_sets)   list of milliseconds
     added_memory(call, arguments)     MB that a call needs beside its arguments, or None
+    kernels(call, arguments)          names of what a call runs on a GPU, or None if nothing tells
+    train_on_batch(model, x, y)       function without arguments that does it, and gives the loss
 
 Functions take tensors, inputs first, then constants. `jit` is "on", "off", or "auto": XLA where
 the backend has it.

@@ -1,5 +1,7 @@
 """See `benchmarks.runtime`."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,3 +52,39 @@ def added_memory(call, arguments):
     if analysis is None:
         return None
     return (analysis.temp_size_in_bytes + analysis.output_size_in_bytes) / 2**20
+
+
+def kernels(call, arguments):
+    """Those that XLA does not make itself."""
+    if not on_gpu():
+        return None
+    return custom_calls(call.lower(*arguments))
+
+
+def train_on_batch(model, x, y):
+    return _TrainOnBatch(model, x, y)
+
+
+def custom_calls(lowered):
+    return set(re.findall(r'custom_call @"?([\w$.]+)', lowered.as_text()))
+
+
+class _TrainOnBatch:
+    """A function that tells, too, what it lowers to."""
+
+    def __init__(self, model, x, y):
+        self.model, self.data = model, (x, y)
+
+    def __call__(self):
+        return self.model.train_on_batch(*self.data)
+
+    def lower(self):
+        model = self.model
+        variables = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        )
+        state = tuple([variable.value for variable in group] for group in variables)
+        return jax.jit(model.train_step, donate_argnums=0).lower(state, self.data)

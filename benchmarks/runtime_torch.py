@@ -3,6 +3,8 @@
 import itertools
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import timing
 
@@ -26,7 +28,7 @@ def to_numpy(x):
 
 
 def forward(function, jit):
-    function = torch.compile(function) if jit == "on" else function
+    function = _compiled(function, jit)
 
     def call(inputs, constants):
         with torch.no_grad():
@@ -36,14 +38,23 @@ def forward(function, jit):
 
 
 def training(function, jit):
-    function = torch.compile(function) if jit == "on" else function
+    function = _compiled(function, jit)
 
     def call(inputs, constants, cotangent):
-        inputs = [x.detach().requires_grad_() for x in inputs]
+        # Parameters are the layer's own, which has the function.
+        inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
         output = function(*inputs, *constants)
         return output, torch.autograd.grad(output, inputs, cotangent)
 
     return call
+
+
+def _compiled(function, jit):
+    if jit != "on":
+        return function
+    # One program for each contender and case, all of which share the code of a function here.
+    torch._dynamo.config.recompile_limit = 1000
+    return torch.compile(function, dynamic=False)
 
 
 def time_calls(call, argument_sets):
@@ -69,3 +80,18 @@ def added_memory(call, arguments):
     call(*arguments)
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def kernels(call, arguments):
+    if not on_gpu():
+        return None
+    call(*arguments)  # which may compile kernels, or try several
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call(*arguments)
+        torch.cuda.synchronize()
+    return {e.name for e in profiler.events() if e.device_type == DeviceType.CUDA}
+
+
+def train_on_batch(model, x, y):
+    return lambda: model.train_on_batch(x, y)

@@ -11,11 +11,11 @@ def segment_starts(segment_ids, mask):
 
     Tokens where `mask` is false belong to no segment.
     """
-    before, counts = segment_ids, True
+    before, both_unmasked = segment_ids, True
     if mask is not None:
-        before, some = fill_forward(segment_ids, mask)
-        counts = some[:, :-1] & mask[:, 1:]
-    starts = (segment_ids[:, 1:] != before[:, :-1]) & counts
+        before, is_known = fill_forward(segment_ids, mask)
+        both_unmasked = is_known[:, :-1] & mask[:, 1:]
+    starts = (segment_ids[:, 1:] != before[:, :-1]) & both_unmasked
     first = ops.zeros_like(segment_ids[:, :1], dtype="bool")
     return ops.concatenate([first, starts], axis=1)
 

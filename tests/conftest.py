@@ -53,6 +53,7 @@ def backends_of_kernels():
 # Files that run on some of the backends: on which, or a function that tells, and why not on the
 # others.
 ONLY = {
+    "test_architecture.py": (("torch",), "it reads the source, and runs none of it"),
     "test_benchmark_reference.py": (("torch",), "the reference is written in torch alone"),
     "test_definitions.py": (("torch",), "the definitions are NumPy and torch, without Keras"),
     "test_formats.py": (("tensorflow",), "TensorFlow alone writes these files"),

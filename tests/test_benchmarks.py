@@ -1,15 +1,26 @@
 """The benchmarks run, in a small size, and time nothing that is wrong."""
 
 import csv
+import functools
 
 import keras
 from keras import ops
 import pytest
 from scripts import run_python
 
-from benchmarks import contenders, layers, long_stream, memory, streaming
+from benchmarks import (
+    contenders,
+    layers,
+    long_stream,
+    memory,
+    own_layers,
+    runtime,
+    streaming,
+    trainees,
+)
 from benchmarks.__main__ import main
 from benchmarks.cases import Case
+from keras_hla.layers import HLA
 
 BACKEND = keras.config.backend()
 QUICK = ("--backend", BACKEND, "--seconds", "0")
@@ -77,14 +88,91 @@ def test_an_error_of_ours_is_a_failure():
     assert main([*QUICK, *options]) == 1
 
 
-def test_layers(tmp_path):
-    options = ("--layers", "--shapes", "1x2x16x8", "--output", str(tmp_path))
+def test_layers(tmp_path, monkeypatch):
+    monkeypatch.delitem(own_layers.VARIANTS, ", decay")
+    options = ("--layers", "layers", "--shapes", "1x2x16x8", "--output", str(tmp_path))
     assert main([*QUICK, *options]) == 0
     found = rows(tmp_path, "layers")
-    for name in ("HLA (hla2)", "MultiHeadAttention", "GRU"):
+    for name in ("HLA (hla2)", "HLA (hla2, decay, conv, gate)", "MultiHeadAttention", "GRU"):
         assert float(found[name]["training step ms median"]) > 0
     assert 0 < float(found["HLA (hla2)"]["error of output"]) < 1e-5
+    assert found["HLA (hla2)"]["implementation"].startswith("portable (")
     assert found["MultiHeadAttention, flash"]["note"]
+    if BACKEND != "tensorflow":
+        plain = found["fused qkv, rotation, fused attention"]
+        assert 0 < float(plain["error of output"]) < 1e-5
+    for row in found.values():  # none is dropped without a reason
+        assert bool(row["training step ms median"]) != bool(row["note"])
+        assert bool(row["implementation"]) != bool(row["note"])
+
+
+def test_blocks(tmp_path):
+    options = ("--layers", "blocks", "--shapes", "1x2x130x8", "--dtypes", "bfloat16")
+    options += ("--peers", "fused_block")
+    assert main([*QUICK, *options, "--output", str(tmp_path)]) == 0
+    found = rows(tmp_path, "layers")
+    ours = found["HLADecoderBlock (hla2)"]
+    assert 0 < float(ours["error of output"]) < 1e-5
+    for name in ("output at the shape", "dinput", "dweights"):
+        assert 1e-3 < float(ours[f"error of {name}"]) < 5e-2
+    plain = found.get("block of fused qkv, rotation, fused attention")
+    for row in [ours] if BACKEND == "tensorflow" else [ours, plain]:
+        assert float(row["training step ms median"]) > 0
+
+
+def test_models(tmp_path):
+    options = ("--layers", "models", "--shapes", "1x2x20x8", "--peers", "mha_block,gpt2,nobody")
+    assert main([*QUICK, *options, "--output", str(tmp_path)]) == 0
+    found = rows(tmp_path, "layers")
+    for name in ("HLADecoderBlock (hla2)", "block of MultiHeadAttention"):
+        assert float(found[name]["training step ms median"]) > 0
+    assert found["nobody"]["note"] == "no such peer on this backend"
+    assert ("transformers GPT-2" in found) == (BACKEND == "torch")
+
+
+class ImpreciseHLA(HLA):
+    """Wrong in the gradients of low precision alone."""
+
+    def call(self, sequences):
+        output = super().call(sequences)
+        factor = 0.0 if self.compute_dtype == "float32" else 1.0
+        wrong = factor * ops.cast(sequences, output.dtype)
+        return output + (wrong - ops.stop_gradient(wrong))
+
+
+@pytest.fixture
+def one_layer(monkeypatch):
+    monkeypatch.setattr(own_layers, "VARIANTS", {"": {}})
+    return ("--layers", "layers", "--peers", "none", "--dtypes", "bfloat16")
+
+
+def test_wrong_layers_are_refused(one_layer, monkeypatch, capsys):
+    monkeypatch.setattr(own_layers, "HLA", ImpreciseHLA)
+    assert main([*QUICK, *one_layer, "--shapes", "1x2x130x8"]) == 1
+    assert "WRONG, not timed: relative error of dinput" in capsys.readouterr().out
+
+
+def test_other_kernels_than_announced_are_refused(one_layer, monkeypatch, capsys):
+    found = {"forward_kernel", "gemm"}
+    monkeypatch.setattr(runtime.current(), "kernels", lambda call, arguments: found)
+    monkeypatch.setattr(own_layers, "_sign", lambda: "forward_kernel")
+    assert main([*QUICK, *one_layer, "--shapes", "1x2x16x8"]) == 1
+    assert "announced portable" in capsys.readouterr().out
+
+
+def test_what_is_announced_is_confirmed():
+    flash = trainees.Announced("flash", "*flash")
+    flash.confirm({"void flash_fwd_kernel", "gemm"})
+    flash.confirm(None)  # nothing tells
+    with pytest.raises(AssertionError, match="announced flash, but what ran was fmha, gemm"):
+        flash.confirm({"fmha", "gemm"})
+
+
+@pytest.mark.parametrize("wrong", [("blocks,nothing",), ("layers", "--decay")])
+def test_options_of_layers(wrong, capsys):
+    with pytest.raises(SystemExit):
+        main([*QUICK, "--layers", *wrong])
+    assert "layers are" in capsys.readouterr().err
 
 
 def test_streaming(tmp_path, monkeypatch):
@@ -113,8 +201,22 @@ def test_memory_of_processes(tmp_path):
     assert main([*QUICK, *options, "--process-memory"]) == 0
     assert float(rows(tmp_path, "operators")["keras_hla hla2"]["MB"]) >= 0
     small, large = Case.parse("1x2x16x8"), Case.parse("1x2x2048x8")
-    name = "MultiHeadAttention"
-    assert memory.added(layers.fresh_step, (name, small, "auto"), (name, large, "auto")) > 1
+    which = trainees.Which(["hla2"], [], None)
+    arguments = [("layers", "MultiHeadAttention", x, which, "auto") for x in (small, large)]
+    assert memory.added(layers.fresh_step, *arguments) > 1
+
+
+@torch_alone
+def test_compiled_blocks(tmp_path, monkeypatch):
+    import torch
+
+    quickly = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", quickly)
+    monkeypatch.setattr(trainees, "_modules", lambda: ["plain_attention"])
+    options = ("--layers", "blocks", "--shapes", "1x2x70x8", "--jit", "on", "--output")
+    assert main([*QUICK, *options, str(tmp_path)]) == 0
+    (name,) = rows(tmp_path, "layers")
+    assert name.endswith(", torch.compile")
 
 
 @torch_alone

@@ -23,7 +23,7 @@ every_operator = pytest.mark.parametrize("operator", OPERATORS)
 @pytest.fixture(params=["one span", "spans"])
 def spans(request, monkeypatch):
     """A short sequence in one span, or in one for each chunk."""
-    monkeypatch.setattr(plan, "_SPAN_CHUNKS", 1 if request.param == "spans" else 8)
+    monkeypatch.setattr(plan, "_FEWEST_SPAN_CHUNKS", 1 if request.param == "spans" else 8)
     forget_plans()
     yield
     forget_plans()
@@ -207,7 +207,7 @@ def test_mask_and_segment_ids(rng, operator):
         **KERNELS,
     )
     assert not to_numpy(output)[:, ~mask].any()
-    for n in range(3):  # each document alone, without what does not count
+    for n in range(3):  # each segment alone, without its masked tokens
         kept = mask & (ids == n)
         alone = Reference(serial, operator, [x[:, kept] for x in inputs], log_decay[:, kept])
         assert relative_error(output[:, kept], alone.output) <= FORWARD

@@ -10,7 +10,7 @@ DEFAULT_CHUNK_SIZE = 128 if keras.config.backend() == "tensorflow" else 64
 
 
 def size_at_run_time(length, largest):
-    """The size of pieces, at most `largest`, of a length that is unknown at trace time."""
+    """The size of chunks, at most `largest`, of a length that is unknown at trace time."""
     if keras.config.backend() == "tensorflow":
         # Or a single token would cost as much as a chunk.
         return ops.clip(length, 1, largest)

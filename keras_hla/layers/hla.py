@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_hla import kernels
+from keras_hla import kernels, stages
 from keras_hla.checks import (
     as_tensor,
     check_choice,
@@ -54,15 +54,14 @@ class HLA(CompositeLayer):
         stateful: Whether each batch starts from the state in which the one
             before ended. It needs a fixed batch size. The states are `variables`,
             not `weights`: no file holds them, and they pass between no models.
-        zero_output_for_mask: Whether the output of a token that does not count
-            is zero. By default it is the output before it, as in
-            `keras.layers.GRU`.
+        zero_output_for_mask: Whether the output of a masked token is zero. By
+            default it is the output before it, as in `keras.layers.GRU`.
         causal: `False` lets every token read the whole sequence, still in linear
             time. It goes without decay, convolution and state.
         chunk_size: Largest number of tokens of a chunk. It changes time and
             memory, not the result. `None` chooses.
         remat_length: Longest sequence of which all is kept that the gradients
-            need. A longer one is taken in pieces of at most this length, each
+            need. A longer one is taken in parts of at most this length, each
             computed a second time for its gradients, which saves memory. `None`
             is no limit. It needs a length known when the call is traced, and
             `causal=True`. Of a longer one there is no gradient by `torch.func`, and
@@ -84,11 +83,11 @@ class HLA(CompositeLayer):
         initial_state: List of states as returned with `return_state=True`, of
             shapes `(batch, *size)` for the entries of `layer.cell.state_size`.
             `None` is the state before the first token.
-        mask: Boolean tensor of shape `(batch, length)`, true where a token
-            counts. The others leave the state unchanged, whatever they hold.
-        segment_ids: Integer tensor of shape `(batch, length)`, for several
-            documents in a row: where it changes, the state starts anew, as if
-            each document were alone. The first goes on with the initial state.
+        mask: Boolean tensor of shape `(batch, length)`, true for unmasked
+            tokens. Masked ones leave the state unchanged, whatever they hold.
+        segment_ids: Integer tensor of shape `(batch, length)`, for packed
+            sequences: where it changes, a segment starts, from zero states. The
+            first segment goes on with the initial state.
         training: Whether to drop outputs, where `dropout` is set.
 
     Returns:
@@ -281,9 +280,9 @@ class HLA(CompositeLayer):
         """`_in_parts` at once: choose, project, evaluate, finish."""
         cell, segmented = self.cell, starts is not None
         if not return_state and self.why_not_fused(sequences, states, mask, segmented) is None:
-            return fused_layers.mix(cell, ops.cast(sequences, self.compute_dtype), starts), ()
+            return fused_layers.mix(self, ops.cast(sequences, self.compute_dtype), starts), ()
         implementation, _ = self.implementation_for(sequences, segmented)
-        fused = implementation == "triton"
+        fused = stages.are_fused(implementation)
         memory, context = (None, {}) if states is None else cell.split_states(states)
         operands, context = cell.project(sequences, context, mask, starts, return_state, fused)
         output, memory = evaluate(
@@ -345,7 +344,7 @@ class HLA(CompositeLayer):
         length = 0 if sequences is None else sequences.shape[1]
         if self.remat_length is not None and length > self.remat_length:
             return "the sequence is longer than `remat_length`"
-        return fused_layers.why_not_fused(self.cell, [*self.cell.denses, *others])
+        return fused_layers.why_not_fused(self.cell, [*self.cell.denses(), *others])
 
     def _check_noncausal(self):
         cell = self.cell

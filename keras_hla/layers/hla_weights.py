@@ -13,8 +13,9 @@ from keras_hla.layers.arguments import plain, plain_number
 from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
-from keras_hla.layers.float64 import make_dense, make_rms_norm
+from keras_hla.layers.float64 import make_dense
 from keras_hla.layers.quantized import with_default
+from keras_hla.layers.rms_normalization import RMSNormalization
 from keras_hla.layers.short_convolution import ShortConvolution
 from keras_hla.precision import state_dtype
 from keras_hla.stages.rotary import turns_of
@@ -177,9 +178,8 @@ class HLAWeights(CompositeLayer):
             sizes.append((2,))
         return sizes
 
-    @property
-    def denses(self):
-        """All projections."""
+    def denses(self):  # no property, as which Keras would save them in the place of the attributes
+        """Returns the list of all projections."""
         denses = [self.query_dense, self.key_dense, self.value_dense, self.output_dense]
         if self.output_gate is not None:
             denses.append(self.gate_dense)
@@ -198,7 +198,7 @@ class HLAWeights(CompositeLayer):
         )
 
     def _norm(self, name, dim):
-        norm = make_rms_norm(self.state_dtype, trainable=self.trainable, name=name)
+        norm = RMSNormalization(dtype=self.state_dtype, trainable=self.trainable, name=name)
         norm.build((None, dim))
         return norm
 
@@ -210,7 +210,7 @@ class HLAWeights(CompositeLayer):
             name: Name of the layer.
             owner: The `CompositeLayer` that it is in, if not the cell.
         """
-        # Every projection needs an initializer of its own, or all would start with equal weights.
+        # Every projection needs a separate initializer, or all would start with equal weights.
         return make_dense(
             int(units),
             use_bias=self.use_bias,

@@ -36,7 +36,7 @@ def _project_gradients(run, shapes, tensors, saved, results, wanted):
         flat = x.view(-1, kernel.shape[0])
         g = result.reshape(-1, kernel.shape[1])
         if f"kernel{i}" in wanted:
-            found[f"kernel{i}"] = (flat.t() @ g).to(kernel.dtype)
+            found[f"kernel{i}"] = _product(flat.t(), g, kernel.dtype)
         if f"bias{i}" in wanted:
             found[f"bias{i}"] = g.sum(0, dtype=tensors[f"bias{i}"].dtype)
         if "x" in wanted:
@@ -50,6 +50,39 @@ def _project_gradients(run, shapes, tensors, saved, results, wanted):
 #: `x W_i + b_i` for each of the kernels. Options: the shapes of the features of the results.
 #: Tensors: `x`, `kernel0`, `bias0`, ...
 PROJECT = TensorFunction(_project, _project_gradients)
+
+
+def _project_together(run, options, tensors, save):
+    x = tensors["x"]
+    kernel = torch.cat([tensors[f"kernel{i}"].to(x.dtype) for i in range(options[0])], dim=1)
+    flat = x.view(-1, kernel.shape[0])
+    if "bias0" in tensors:
+        bias = torch.cat([tensors[f"bias{i}"].to(x.dtype) for i in range(options[0])])
+        y = torch.addmm(bias, flat, kernel)
+    else:
+        y = flat @ kernel
+    return (y.view(*x.shape[:2], -1),), (kernel,) if save else ()
+
+
+def _project_together_gradients(run, options, tensors, saved, results, wanted):
+    x, (kernel,), found = tensors["x"], saved, {}
+    flat, g = x.view(-1, kernel.shape[0]), results[0].view(-1, kernel.shape[1])
+    sizes = [tensors[f"kernel{i}"].shape[1] for i in range(options[0])]
+    dtype = tensors["kernel0"].dtype
+    if any(f"kernel{i}" in wanted for i in range(options[0])):
+        parts = _product(flat.t(), g, dtype).split(sizes, dim=1)
+        found |= {f"kernel{i}": part for i, part in enumerate(parts)}
+    if any(f"bias{i}" in wanted for i in range(options[0])):
+        parts = g.sum(0, dtype=dtype).split(sizes)
+        found |= {f"bias{i}": part for i, part in enumerate(parts)}
+    if "x" in wanted:
+        found["x"] = (g @ kernel.t()).view(x.shape)
+    return found
+
+
+#: `x W + b` for the kernels beside each other. Options: how many there are. Tensors: `x`,
+#: `kernel0`, `bias0`, ...
+PROJECT_TOGETHER = TensorFunction(_project_together, _project_together_gradients)
 
 
 def _add(run, options, tensors, save):
@@ -75,21 +108,9 @@ def _scale_gradients(run, options, tensors, saved, results, wanted):
 SCALE = TensorFunction(_scale, _scale_gradients, reads=())
 
 
-def _split(run, sizes, tensors, save):
-    return tuple(x.contiguous() for x in tensors["x"].split(sizes, dim=-1)), ()
-
-
-def _split_gradients(run, sizes, tensors, saved, results, wanted):
-    return {"x": torch.cat(results, dim=-1)}
-
-
-#: `x` cut along its last axis. Options: the sizes.
-SPLIT = TensorFunction(_split, _split_gradients, reads=())
-
-
 def _log_decay(run, options, tensors, save):
     x, kernel = tensors["x"], tensors["kernel"]
-    logits = _product(x.view(-1, x.shape[-1]), kernel)
+    logits = _exact_product(x.view(-1, x.shape[-1]), kernel)
     if "bias" in tensors:
         logits += tensors["bias"]
     logits = logits.view(*x.shape[:2], -1)
@@ -108,19 +129,26 @@ def _log_decay_gradients(run, options, tensors, saved, results, wanted):
     g = g.masked_fill_(forgets, 0.0).view(-1, kernel.shape[1])
     found = {"bias": g.sum(0)}
     g = g.to(x.dtype)
-    found["kernel"] = (x.view(-1, x.shape[-1]).t() @ g).to(kernel.dtype)
+    found["kernel"] = _product(x.view(-1, x.shape[-1]).t(), g, kernel.dtype)
     found["x"] = (g @ kernel.t().to(x.dtype)).view(x.shape)
     return found
 
 
-def _product(x, kernel):
+def _product(x, y, dtype):
+    """`x @ y` in `dtype`, from sums in float32."""
+    if x.is_cuda and x.dtype == torch.bfloat16 and dtype == torch.float32:
+        return torch.mm(x, y, out_dtype=dtype)
+    return (x @ y).to(dtype)
+
+
+def _exact_product(x, kernel):
     """`x @ kernel` in float32, also of an `x` of bfloat16 without a copy of it in float32."""
     if not (x.is_cuda and x.dtype == torch.bfloat16):
         return x.to(kernel.dtype) @ kernel
     first = kernel.to(x.dtype)
     # What the kernel loses by rounding takes part as further columns.
     kernels = torch.cat([first, (kernel - first).to(x.dtype)], dim=1)
-    first, second = torch.mm(x, kernels, out_dtype=torch.float32).chunk(2, dim=1)
+    first, second = _product(x, kernels, kernel.dtype).chunk(2, dim=1)
     return first + second
 
 

@@ -1,14 +1,12 @@
 """Stages that are noted as they are called, and evaluated together."""
 
-import keras
-
 from keras_hla.kernels.fusion import functions
-from keras_hla.kernels.fusion.fuse import Stage, fuse
+from keras_hla.kernels.fusion.program import Program, Stage
 from keras_hla.kernels.operator.chain import ATTENTION
 from keras_hla.kernels.passes import passes_of
-from keras_hla.kernels.stages.convolution import CONVOLUTION
 from keras_hla.kernels.stages.gate import GATE
 from keras_hla.kernels.stages.norm import NORM
+from keras_hla.kernels.stages.operands import OPERANDS
 from keras_hla.kernels.stages.rotary import ROTARY
 
 
@@ -17,22 +15,26 @@ class Recorder:
 
     def __init__(self):
         self._stages = []
-        self._tensors = {}  # by number
+        self._variables = {}
+        self._inputs = {}
         self._count = 0
 
-    def tensor(self, x):
-        """What stands for a tensor, or a variable, from outside; `None` for `None`."""
+    def input(self, name):
+        """What stands for a tensor that a `Program` is called with."""
+        (self._inputs[name],) = self._numbers(1)
+        return self._inputs[name]
+
+    def variable(self, x):
+        """What stands for a `keras.Variable`; `None` for `None`."""
         if x is None:
             return None
-        (name,) = self._names(1)
-        self._tensors[name] = x.value if isinstance(x, keras.Variable) else x
-        return name
+        (number,) = self._numbers(1)
+        self._variables[number] = x
+        return number
 
-    def evaluate(self, result):
-        """The tensor that `result` stands for, that of the last stage."""
-        if self._stages[-1].results != (result,):
-            raise ValueError("The result must be that of the last stage.")
-        return fuse(tuple(self._stages), self._tensors)
+    def program(self):
+        """The `Program` of all stages, whose result is that of the last."""
+        return Program(tuple(self._stages), self._variables, self._inputs)
 
     def project(self, x, *projections):
         """The products of `x` with the weights of `Dense` layers.
@@ -43,24 +45,47 @@ class Recorder:
         """
         read = {"x": x}
         for i, (dense, _) in enumerate(projections):
-            read |= {f"kernel{i}": self.tensor(dense.kernel), f"bias{i}": self.tensor(dense.bias)}
+            read |= {
+                f"kernel{i}": self.variable(dense.kernel),
+                f"bias{i}": self.variable(dense.bias),
+            }
         shapes = tuple(tuple(shape) for _, shape in projections)
         return self._note(functions.PROJECT, read, shapes, count=len(projections))
 
-    def convolve(self, xs, kernel, activation, starts):
-        """The convolution of several tensors, whose features together are those of the kernel."""
-        sizes = tuple(size for _, size in xs)
-        kernels = self._note(functions.SPLIT, {"x": self.tensor(kernel)}, sizes, count=len(xs))
-        segments = None if starts is None else self.tensor(starts.cumsum(1).int())
-        results = []
-        for (x, _), part in zip(xs, kernels, strict=True):
-            read = {"x": x, "kernel": part, "segments": segments}
-            results += self._note(CONVOLUTION, read, (activation is not None,))
-        return results
+    def project_together(self, x, *denses):
+        """The products of `x` with the weights of `Dense` layers, in one tensor."""
+        read = {"x": x}
+        for i, dense in enumerate(denses):
+            read |= {
+                f"kernel{i}": self.variable(dense.kernel),
+                f"bias{i}": self.variable(dense.bias),
+            }
+        (result,) = self._note(functions.PROJECT_TOGETHER, read, (len(denses),))
+        return result
 
-    def rms_norm(self, x, norm):
-        read = {"x": x, "scale": self.tensor(norm.scale)}
-        (result,) = self._note(NORM, read, (norm.epsilon,), recompute=True)
+    def operands(self, x, heads, dims, scale=1.0, convolution=None, segments=None, angles=None):
+        """Queries, keys and values from their projections in one tensor.
+
+        Args:
+            x: stands for the projections.
+            heads: number of heads of queries, and of keys and values.
+            dims: size of a key and of a value.
+            scale: factor of the queries.
+            convolution: a `ShortConvolution`, or `None`.
+            segments: stands for the number of the segment of each token, or `None`.
+            angles: what stands for cosines and sines, or `None`.
+        """
+        read, is_silu = {"x": x, "segments": segments}, False
+        if convolution is not None:
+            read["kernel"] = self.variable(convolution.kernel)
+            is_silu = convolution.activation is not None
+        if angles is not None:
+            read["cos"], read["sin"] = angles
+        return self._note(OPERANDS, read, (is_silu, scale, *heads, *dims), count=3)
+
+    def rms_norm(self, x, norm, recompute=False):
+        read = {"x": x, "scale": self.variable(norm.scale)}
+        (result,) = self._note(NORM, read, (norm.epsilon,), recompute=recompute)
         return result
 
     def rotate(self, x, cos, sin, scale=1.0):
@@ -73,8 +98,8 @@ class Recorder:
 
     def log_decay(self, x, dense, least, starts):
         """`log sigmoid` of a projection, no less than `least`, which it is at `starts`."""
-        read = {"x": x, "kernel": self.tensor(dense.kernel), "bias": self.tensor(dense.bias)}
-        read["starts"] = self.tensor(starts)
+        read = {"x": x, "kernel": self.variable(dense.kernel), "bias": self.variable(dense.bias)}
+        read["starts"] = starts
         (result,) = self._note(functions.LOG_DECAY, read, (least,))
         return result
 
@@ -93,11 +118,11 @@ class Recorder:
         return result
 
     def _note(self, function, read, options=(), count=1, recompute=False):
-        read = tuple((argument, name) for argument, name in read.items() if name is not None)
-        results = self._names(count)
+        read = tuple((name, number) for name, number in read.items() if number is not None)
+        results = self._numbers(count)
         self._stages.append(Stage(function, read, results, options, recompute))
         return results
 
-    def _names(self, count):
+    def _numbers(self, count):
         self._count += count
         return tuple(range(self._count - count, self._count))

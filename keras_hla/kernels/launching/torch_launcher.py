@@ -143,15 +143,22 @@ def run(launch, inputs):
         else:
             results.append(None if x is None else _allocate(some, x))
     arguments = [some if x is None else x for x in (*inputs, *launch.numbers, *results)]
-    with torch.cuda.device_of(some):
-        key = some.device, *[None if x is None else x.dtype for x in inputs]
-        compiled = launch.compiled.get(key)
-        if compiled is None:
-            compiled = launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
-            launch.compiled[key] = compiled  # `None` if interpreted
-        else:
-            # Without asking again for what the arguments are like, which takes longer than the
-            # kernel: their dtypes and the numbers are the same, and addresses are aligned.
-            grid = (*launch.grid, 1, 1)[:3]
-            compiled[grid](*arguments, *launch.constants.values())
+    key = some.device, *[None if x is None else x.dtype for x in inputs]
+    if some.is_cuda and some.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(some.device):
+            _launch(launch, key, arguments)
+    else:  # without the context, which takes as long as a kernel
+        _launch(launch, key, arguments)
     return tuple(results)
+
+
+def _launch(launch, key, arguments):
+    compiled = launch.compiled.get(key)
+    if compiled is None:
+        compiled = launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
+        launch.compiled[key] = compiled  # `None` if interpreted
+    else:
+        # Without asking again for what the arguments are like, which takes longer than the
+        # kernel: their dtypes and the numbers are the same, and addresses are aligned.
+        grid = (*launch.grid, 1, 1)[:3]
+        compiled[grid](*arguments, *launch.constants.values())
