@@ -4,6 +4,8 @@ Compiles each kernel, as far as that is without the driver, and prints the numbe
 To be run in a process of its own: Triton's LLVM and TensorFlow's cannot be in one.
 """
 
+import functools
+
 from jaxlib import gpu_triton
 
 
@@ -46,6 +48,7 @@ def check_arguments(launch):
     takes the place of no input.
     """
 
+    @functools.wraps(launch)
     def call(*arguments, kernel, input_output_aliases=None, **options):
         outputs = options.get("out_type", options.get("out_shape"))
         parameters = [x for x in kernel.params if not x.is_constexpr]

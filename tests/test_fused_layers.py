@@ -5,7 +5,7 @@ from keras import ops
 import numpy as np
 import pytest
 import stage_definitions
-from test_stages import by_all
+from test_stages import by_kernels
 import torch
 
 from keras_hla import layers
@@ -33,11 +33,17 @@ CONFIGURATIONS = {
         "use_bias": False,
     },
 }
-CASES = ("whole", "masked", "packed", "packed and masked", "pieces")
-in_every_case = pytest.mark.parametrize("case", CASES)
+CASES = ("packed and masked", "pieces", "whole", "masked", "packed")
+in_every_case = pytest.mark.parametrize(
+    ("case", "fused"),
+    # Portable layers do the same in every case; by kernels there are shorter ways.
+    [
+        *((case, False) for case in CASES[:2]),
+        *(pytest.param(case, True, marks=by_kernels) for case in CASES),
+    ],
+)
 
 
-@by_all
 @in_every_case
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_layer(rng, name, case, fused):
@@ -45,7 +51,6 @@ def test_layer(rng, name, case, fused):
     check(rng, layers.HLA, stage_definitions.layer, options, case, fused)
 
 
-@by_all
 @in_every_case
 def test_block(rng, case, fused):
     options = {"num_heads": 2, "key_dim": 4, "num_key_value_heads": 1, "qk_norm": True}

@@ -347,6 +347,20 @@ def test_low_precision_policies_keep_float32_states(x, policy):
     assert to_numpy(states[-1]).tolist() == [[0, 70], [0, 70]]
 
 
+@pytest.mark.parametrize("kind", [layers.HLA, layers.HLADecoderBlock])
+def test_mixed_precision_within_a_model_and_without(x, kind):
+    """Keras casts variables of a layer that is called by itself, and not within a model."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    layer = kind(4, 8, qk_norm=True)
+    layer.build(x.shape)
+    layer.set_weights(
+        [0.9 + 0.1 * np.random.default_rng(3).random(w.shape) for w in layer.get_weights()]
+    )
+    inputs = keras.Input((None, 16))
+    model = keras.Model(inputs, layer(inputs))
+    assert np.array_equal(to_numpy(layer(x)), to_numpy(model(x)))
+
+
 def test_stateful_keeps_float32_state_under_mixed_precision(x):
     layer = make(stateful=True, dtype="mixed_bfloat16")
     layer(x)

@@ -14,6 +14,12 @@ class RMSNormalization(keras.layers.RMSNormalization):
     weights in files hold that.
     """
 
+    def build(self, input_shape):
+        # Without autocasting, or the scale is rounded where no other layer calls the one it is in.
+        self.scale = self.add_weight(
+            name="scale", shape=input_shape[-1:], initializer="ones", autocast=False
+        )
+
     def call(self, x):
         return self.normalize(x)
 
