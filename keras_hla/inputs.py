@@ -79,15 +79,21 @@ def arrange(query, key, value, log_decay, mask=None, starts=None):
         starts: boolean tensor of shape `(batch, length)`, true where all before is forgotten.
     """
     dtype = state_dtype(query.dtype)
-    if log_decay is not None:
-        log_decay = spread_log_decay(log_decay, ops.shape(query)[1], dtype)
+    log_decay = arrange_log_decay(log_decay, ops.shape(query)[1], dtype, mask, starts)
     if mask is not None:
-        query, key, value, log_decay = apply_mask(mask, query, key, value, log_decay)
+        query, key, value = apply_mask(mask, query, key, value)
+    return Inputs(query, key, value, log_decay)
+
+
+def arrange_log_decay(log_decay, length, dtype, mask=None, starts=None):
+    """The log-decay of `Inputs`."""
+    if log_decay is not None:
+        log_decay = spread_log_decay(log_decay, length, dtype)
+        if mask is not None:
+            log_decay = ops.where(mask[..., None], log_decay, 0)
     if starts is not None:
         log_decay = forget_at(starts[..., None], log_decay, dtype)
-    if log_decay is not None:
-        log_decay = bound(log_decay)
-    return Inputs(query, key, value, log_decay)
+    return None if log_decay is None else bound(log_decay)
 
 
 def prepare_state(name, state, operator, shapes, inputs):

@@ -11,11 +11,11 @@ def segment_starts(segment_ids, mask):
 
     Tokens where `mask` is false belong to no segment.
     """
-    before, counts = segment_ids, True
+    before, both_unmasked = segment_ids, True
     if mask is not None:
-        before, some = fill_forward(segment_ids, mask)
-        counts = some[:, :-1] & mask[:, 1:]
-    starts = (segment_ids[:, 1:] != before[:, :-1]) & counts
+        before, is_known = fill_forward(segment_ids, mask)
+        both_unmasked = is_known[:, :-1] & mask[:, 1:]
+    starts = (segment_ids[:, 1:] != before[:, :-1]) & both_unmasked
     first = ops.zeros_like(segment_ids[:, :1], dtype="bool")
     return ops.concatenate([first, starts], axis=1)
 
@@ -62,16 +62,12 @@ def _counting_first(mask):
     return ops.argsort(ops.where(mask, steps, np.iinfo("int32").max), axis=1)
 
 
-def apply_mask(mask, query, key, value, log_decay):
+def apply_mask(mask, query, key, value):
     """Makes the tokens where `mask` is false leave every state as it is and output zero.
 
     `where` rather than a product: such tokens may hold NaN.
     """
-    mask = mask[..., None]
-    query, key, value = (ops.where(mask[..., None], x, 0) for x in (query, key, value))
-    if log_decay is not None:
-        log_decay = ops.where(mask, log_decay, 0)
-    return query, key, value, log_decay
+    return [ops.where(mask[..., None, None], x, 0) for x in (query, key, value)]
 
 
 def forget_at(starts, log_decay, dtype):

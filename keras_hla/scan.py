@@ -23,8 +23,8 @@ from keras_hla.backend.tensors import at_least, cumulative_sum, size_at_run_time
 _DIRECT = 64
 # The size of a block where the number of states is unknown at trace time.
 _BLOCK = 32
-# Log-decays are summed in whole parts of this size, and their rests.
-_PARTS = 256
+# Log-decays are summed as whole numbers of the fraction 1 / 256, and their rests.
+_FRACTIONS = 256
 
 
 class ChunkedScan:
@@ -83,18 +83,18 @@ class ChunkedScan:
             log_chunk = bound(self._total[..., -1]) * power
         return self._scan_states(ops.swapaxes(key, -1, -2) @ value, log_chunk, state)
 
-    def _scan_states(self, sums, log_chunk, state):
-        return _scan_chunks(sums, log_chunk, state)
+    def _scan_states(self, updates, log_chunk, state):
+        return _scan_chunks(updates, log_chunk, state)
 
 
 class SingleScan(ChunkedScan):
     """`ChunkedScan` where one chunk holds all tokens, and has no axis: `(..., c, d)`."""
 
-    def _scan_states(self, sums, log_chunk, state):
+    def _scan_states(self, updates, log_chunk, state):
         if state is None:
-            return None, sums
+            return None, updates
         decay = 1.0 if log_chunk is None else ops.exp(log_chunk)[..., None, None]
-        return state, decay * state + sums
+        return state, decay * state + updates
 
 
 class UnorderedScan:
@@ -133,12 +133,12 @@ def _cumulative_sums(log_decay):
     Differences of the first are exact and those of the second, which stay small, accurate,
     however long the sums have become.
     """
-    whole = ops.cast(ops.round(ops.stop_gradient(log_decay) * _PARTS), "int32")
+    whole = ops.cast(ops.round(ops.stop_gradient(log_decay) * _FRACTIONS), "int32")
     return cumulative_sum(whole), cumulative_sum(log_decay - _to_nats(whole, log_decay.dtype))
 
 
 def _to_nats(whole, dtype):
-    return ops.cast(whole, dtype) / _PARTS
+    return ops.cast(whole, dtype) / _FRACTIONS
 
 
 def _products(whole, rest):
@@ -161,9 +161,12 @@ def bound(log_decay):
 
     So sums stay finite. NaN stays NaN.
     """
-    dtype = keras.backend.standardize_dtype(log_decay.dtype)
-    zero = -1024.0 if dtype == "float64" else -128.0
-    return at_least(log_decay, zero)
+    return at_least(log_decay, least_log_decay(log_decay.dtype))
+
+
+def least_log_decay(dtype):
+    """A log-decay of a dtype whose decay is zero."""
+    return -1024.0 if keras.backend.standardize_dtype(dtype) == "float64" else -128.0
 
 
 def _power(decay, power):
@@ -171,41 +174,41 @@ def _power(decay, power):
     return math.prod([decay] * power, start=1)
 
 
-def _scan_chunks(sums, log_decay, state):
-    """`H_{i+1} = exp(log_decay_i) H_i + sums_i` over chunks; sums `(..., n, d, dv)`.
+def _scan_chunks(updates, log_decay, state):
+    """`H_{i+1} = exp(log_decay_i) H_i + updates_i` over chunks; updates `(..., n, d, dv)`.
 
     Returns the states entering the chunks and the one leaving the last.
     """
-    *lead, n, rows, columns = ops.shape(sums)
-    flat = ops.reshape(sums, (*lead, n, rows * columns))
+    *lead, n, rows, columns = ops.shape(updates)
+    flat = ops.reshape(updates, (*lead, n, rows * columns))
     if state is not None:
         state = ops.reshape(state, (*ops.shape(state)[:-2], rows * columns))
     entering, last = _scan(flat, log_decay, state)
-    lead = ops.shape(last)[:-1]  # decays may have more heads than the sums
+    lead = ops.shape(last)[:-1]  # decays may have more heads than the updates
     entering = ops.reshape(entering, (*lead, n, rows, columns))
     return entering, ops.reshape(last, (*lead, rows, columns))
 
 
-def _scan(sums, log_decay, state=None):
-    """`_scan_chunks` on flat states: sums `(..., n, f)`, log_decay `(..., n)`, state `(..., f)`."""
-    n = ops.shape(sums)[-2]
+def _scan(updates, log_decay, state=None):
+    """`_scan_chunks` on flat states: `(..., n, f)`, log_decay `(..., n)`, state `(..., f)`."""
+    n = ops.shape(updates)[-2]
     if isinstance(n, int) and n <= _DIRECT:
-        return _scan_directly(sums, log_decay, state)
-    return _scan_in_blocks(sums, log_decay, state)
+        return _scan_directly(updates, log_decay, state)
+    return _scan_in_blocks(updates, log_decay, state)
 
 
-def _scan_directly(sums, log_decay, state=None):
+def _scan_directly(updates, log_decay, state=None):
     """`_scan` as one product with a triangular matrix.
 
-    The last state is a product of its own, which compilers leave out where nobody reads it.
+    The last state is a second product, which compilers leave out where nobody reads it.
     """
     if log_decay is None:
-        n = ops.shape(sums)[-2]
-        weights = ops.cast(causal_mask(n + 1), sums.dtype)
+        n = ops.shape(updates)[-2]
+        weights = ops.cast(causal_mask(n + 1), updates.dtype)
     else:
         weights = decay_products(pad_axis(log_decay, 1, 0, axis=-1))
     from_state, weights = weights[..., :1], weights[..., 1:]
-    entering, last = weights[..., :-1, :] @ sums, weights[..., -1:, :] @ sums
+    entering, last = weights[..., :-1, :] @ updates, weights[..., -1:, :] @ updates
     if state is not None:
         state = state[..., None, :]
         entering = entering + from_state[..., :-1, :] * state
@@ -213,19 +216,19 @@ def _scan_directly(sums, log_decay, state=None):
     return entering, last[..., 0, :]
 
 
-def _scan_in_blocks(sums, log_decay, state):
+def _scan_in_blocks(updates, log_decay, state):
     """`_scan` in two levels: within blocks from zero, then over the blocks."""
-    n = ops.shape(sums)[-2]
+    n = ops.shape(updates)[-2]
     size = _block_size(n) if isinstance(n, int) else size_at_run_time(n, _BLOCK)
     log_block = None
-    sums = split_axis(sums, size, axis=-2)
+    updates = split_axis(updates, size, axis=-2)
     if log_decay is not None:
         log_decay = split_axis(log_decay, size, axis=-1)
         log_block = bound(ops.sum(log_decay, axis=-1))
     # With a number that is unknown at trace time there is no telling how deep to go.
     scan = _scan if isinstance(n, int) else _scan_directly
-    entering, block_sums = scan(sums, log_decay)
-    entering_block, last = scan(block_sums, log_block, state)
+    entering, block_updates = scan(updates, log_decay)
+    entering_block, last = scan(block_updates, log_block, state)
     entering_block = entering_block[..., None, :]
     if log_decay is not None:
         # Not the sums less their last terms: what follows a chunk would round what comes before.
@@ -241,7 +244,7 @@ def _block_size(n):
 
 
 def split_axis(x, size, axis):
-    """Cuts a (negative) axis into pieces of `size`, the last one filled up with zeros."""
+    """Cuts a (negative) axis into entries of `size`, the last one filled up with zeros."""
     shape = ops.shape(x)
     n = shape[axis]
     extra = _missing(n, size)

@@ -18,6 +18,12 @@ def relative_error(actual, expected):
     return np.sqrt(np.mean((actual - expected) ** 2)) / scale if scale else np.abs(actual).max()
 
 
+def rounded(array, dtype):
+    """A float32 array of numbers of `dtype`."""
+    ops = keras.ops
+    return ops.convert_to_numpy(ops.cast(ops.cast(array, dtype), "float32"))
+
+
 def compiled(function):
     """The function, compiled under JAX, where op by op is slow."""
     if keras.config.backend() == "jax":

@@ -29,14 +29,31 @@ def pytest_configure(config):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    # On a GPU, where JAX would round what products read.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     import torch  # Before TensorFlow: in the other order torch may crash on import.
 
-    if not torch.cuda.is_available():
+    # For PyTorch alone: jax-triton compiles kernels, and can make nothing of interpreted ones.
+    if os.environ["KERAS_BACKEND"] == "torch" and not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# Files that run on some of the backends: on which, and why not on the others.
+def backends_of_kernels():
+    """Where the kernels run on this machine: under JAX on a GPU alone."""
+    import keras
+
+    if keras.config.backend() == "jax":
+        import jax
+
+        if jax.default_backend() == "gpu":
+            return "jax", "torch"
+    return ("torch",)
+
+
+# Files that run on some of the backends: on which, or a function that tells, and why not on the
+# others.
 ONLY = {
+    "test_architecture.py": (("torch",), "it reads the source, and runs none of it"),
     "test_benchmark_reference.py": (("torch",), "the reference is written in torch alone"),
     "test_definitions.py": (("torch",), "the definitions are NumPy and torch, without Keras"),
     "test_formats.py": (("tensorflow",), "TensorFlow alone writes these files"),
@@ -44,10 +61,12 @@ ONLY = {
         ("jax", "torch"),
         "TensorFlow writes the files, and has their tests",
     ),
+    "test_jax_kernels.py": (("jax",), "PyTorch runs the kernels, TensorFlow has none"),
     "test_kernels.py": (
-        ("torch",),
-        "JAX has no interpreter for the kernels, TensorFlow no kernels",
+        backends_of_kernels,
+        "without a GPU JAX cannot run the kernels, TensorFlow has none",
     ),
+    "test_kernels_torch.py": (("torch",), "this is how PyTorch calls the kernels"),
     "test_serve.py": (("tensorflow",), "the server runs TensorFlow without Keras"),
     "test_sessions_of_a_saved_model.py": (
         ("tensorflow", "jax"),
@@ -56,18 +75,22 @@ ONLY = {
 }
 
 
+def runs_on(name, backend):
+    backends, _ = ONLY.get(name, (BACKENDS, ""))
+    return backend in (backends() if callable(backends) else backends)
+
+
 def pytest_ignore_collect(collection_path, config):
-    backends, _ = ONLY.get(collection_path.name, (BACKENDS, ""))
-    return True if config.getoption("--backend") not in backends else None
+    return None if runs_on(collection_path.name, config.getoption("--backend")) else True
 
 
 def pytest_terminal_summary(terminalreporter, config):
     backend = config.getoption("--backend")
     asked = [Path(argument.split("::")[0]).resolve() for argument in config.args]
-    for name, (backends, reason) in ONLY.items():
+    for name, (_, reason) in ONLY.items():
         path = Path(__file__).with_name(name)
         # A file that is named on the command line runs on any.
-        if backend not in backends and any(x in path.parents for x in asked):
+        if not runs_on(name, backend) and any(x in path.parents for x in asked):
             terminalreporter.write_line(f"NOT RUN with {backend}: {name}: {reason}")
 
 

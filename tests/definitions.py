@@ -172,7 +172,7 @@ SERIAL = {  # with the columns of the states: as many as those of the queries, o
 class Reference:
     """Outputs, last states and gradients of `index_sum` or `serial`, for arrays.
 
-    Heads of the query in a row share one of key, value, decay and state, where those are fewer;
+    Consecutive heads of the query share one of key, value, decay and state, where those are fewer;
     last states have the heads of those given.
 
     Args:

@@ -1,4 +1,4 @@
-"""Python processes of their own, for what one process cannot show."""
+"""Separate Python processes, for what one process cannot show."""
 
 import os
 from pathlib import Path

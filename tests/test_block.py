@@ -122,7 +122,7 @@ def test_masks_pass_through_a_stack(rng):
     assert relative_error(padded[:1, :20], alone) <= 1e-5
 
 
-def test_packed_documents_are_separate(x):
+def test_packed_sequences_are_separate(x):
     block = make()
     segment_ids = np.repeat([[1, 2, 1]] * 2, [20, 1, 19], axis=1)
     output = call(block, x, segment_ids=keras.ops.convert_to_tensor(segment_ids))

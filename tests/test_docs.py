@@ -74,7 +74,7 @@ def test_pages(tmp_path):
 
 
 def run_in(folder, programs, **options):
-    """Runs programs in a folder of their own, each with no names but its own."""
+    """Runs programs in a folder, each with no names but its own."""
     for n, program in enumerate(programs):
         (folder / f"{n}.py").write_text(program, encoding="utf-8")
     code = (

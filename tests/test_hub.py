@@ -3,6 +3,7 @@
 import json
 
 from backends import relative_error, to_numpy
+import h5py
 import keras
 import keras_hub
 from keras_hub.samplers import (
@@ -285,6 +286,18 @@ def test_keras_file(tmp_path):
     check_equal(loaded, causal_lm)
     loaded.compile(sampler="greedy")  # keras-hub saves no sampler
     assert loaded.generate(TEXTS) == causal_lm.generate(TEXTS)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_weights_of_another_dtype(dtype, tmp_path):
+    """They are at the same paths in every dtype, which Keras makes of the names of classes."""
+    backbone = make_backbone()
+    backbone.save_weights(tmp_path / "model.weights.h5")
+    with h5py.File(tmp_path / "model.weights.h5") as weights:
+        assert "rms_normalization" in weights["layers"]
+    loaded = HLABackbone.from_config({**backbone.get_config(), "dtype": dtype})
+    loaded.load_weights(tmp_path / "model.weights.h5")
+    assert relative_error(loaded.norm.scale, backbone.norm.scale) <= 1e-2
 
 
 def test_preset(tmp_path):

@@ -228,7 +228,7 @@ def test_masked_tokens_do_not_exist(x, rng):
 
 
 @pytest.mark.parametrize("name", ["plain", "every option"])
-def test_packed_documents_are_separate(x, name):
+def test_packed_sequences_are_separate(x, name):
     layer = make(name, return_state=True)
     segment_ids = np.repeat([[1, 2, 1]] * 2, [20, 1, 49], axis=1)
     output, *states = call(layer, x, segment_ids=keras.ops.convert_to_tensor(segment_ids))

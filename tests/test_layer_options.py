@@ -1,4 +1,4 @@
-"""Options of the layer: convolution, dropout, sizes, full attention, long sequences in pieces."""
+"""Options of the layer: convolution, dropout, sizes, full attention, long sequences in parts."""
 
 import os
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scripts import run_python
 
-from keras_hla import layers
+from keras_hla import layers, stages
 from keras_hla.layers.short_convolution import ShortConvolution
 
 BACKEND = keras.config.backend()
@@ -27,7 +27,7 @@ def x(rng):
 
 
 def convolve(x, kernel, window):
-    """The convolution of one document `(length, features)`, token by token in float64."""
+    """The convolution of one segment `(length, features)`, token by token in float64."""
     row = np.concatenate([window, x]).astype("float64")
     size = len(kernel)
     sums = [np.sum(kernel * row[t : t + size], axis=0) for t in range(len(x))]
@@ -36,7 +36,7 @@ def convolve(x, kernel, window):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_short_convolution(x, rng, size):
-    """Each document of each row by itself, without the tokens that do not count."""
+    """Each segment of each row by itself, without its masked tokens."""
     layer = ShortConvolution(size, None)
     layer.build((2, None, 8))
     kernel = to_numpy(layer.kernel)
@@ -54,14 +54,19 @@ def test_short_convolution(x, rng, size):
             for name, array in (("mask", counts), ("starts", begin))
             if array is not None
         }
-        output, end = run(lambda x, w, options=options: layer(x, w, **options), x, window)
+
+        def both(x, window, options=options):
+            output = stages.convolve(x, layer.kernel, window=window, **options)
+            return output, stages.last_window(x, size, window, **options)
+
+        output, end = run(both, x, window)
         for row in range(2):
             keep = np.arange(40) if counts is None else np.flatnonzero(counts[row])
             first = [] if begin is None else np.flatnonzero(begin[row][keep])
             before, expected = window[row], []
-            for n, document in enumerate(np.split(x[row][keep], first)):
+            for n, segment in enumerate(np.split(x[row][keep], first)):
                 before = before if n == 0 else np.zeros_like(before)
-                sums, before = convolve(document, kernel, before)
+                sums, before = convolve(segment, kernel, before)
                 expected.append(sums)
             assert relative_error(to_numpy(output)[row][keep], np.concatenate(expected)) <= 1e-6
             assert relative_error(end[row], before) <= 1e-6
@@ -139,7 +144,7 @@ def test_long_sequences_in_pieces(x, rng):
     """Outputs, states and the gradients of every weight and of the inputs, masked and packed."""
     mask = rng.random((2, 40)) < 0.8
     mask[:, [13, 14]] = [[True, True], [False, True]]
-    # A document starts with the second piece: they are of 14, 14 and 12 tokens.
+    # A segment starts with the second part: they are of 14, 14 and 12 tokens.
     segment_ids = np.repeat([[1, 2, 1, 3]] * 2, [10, 4, 21, 5], axis=1)
     whole, pieces = make(**PIECES), make(**PIECES, remat_length=15)
     pieces.set_weights(whole.get_weights())

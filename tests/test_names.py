@@ -1,6 +1,9 @@
 """Inputs and states have the same names in a new model, a loaded one, and an exported one."""
 
+import zipfile
+
 from backends import relative_error
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -48,11 +51,33 @@ def test_a_loaded_model_has_the_names_of_the_new_one(kind, tmp_path):
 def test_a_streaming_model_of_unnamed_inputs_is_loaded(rng, tmp_path):
     stream = streaming_model(make("several"))
     stream.save(tmp_path / "stream.keras")
+    with zipfile.ZipFile(tmp_path / "stream.keras") as file:  # as in files of former versions
+        assert b'"keras_hla>StreamedModel"' in file.read("config.json")
+        with h5py.File(file.open("model.weights.h5")) as weights:
+            assert "streamed_model" in weights["layers"]
     loaded = keras.saving.load_model(tmp_path / "stream.keras")
     inputs = {name: rng.standard_normal((2, 5, 4)).astype("float32") for name in INPUTS["several"]}
     inputs |= stream.initial_state(2)
     for a, b in zip(loaded(inputs).values(), stream(inputs).values(), strict=True):
         assert relative_error(a, b) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_files_hold_weights_where_former_versions_do(dtype, tmp_path):
+    sequences = keras.Input((None, 4), dtype=dtype)
+    options = {"qk_norm": True, "output_gate": "silu", "dtype": dtype}
+    model = keras.Model(sequences, layers.HLADecoderBlock(2, 4, **options)(sequences))
+    model.save_weights(tmp_path / "model.weights.h5")
+    paths = []
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        file.visititems(lambda name, x: paths.append(name) if hasattr(x, "dtype") else None)
+    names = ["cell/conv/vars/0", "cell/log_decay/logit_dense/vars/0"]
+    names += ["cell/log_decay/logit_dense/vars/1"]
+    names += [f"cell/{name}_dense/vars/0" for name in ("query", "key", "value", "output", "gate")]
+    names += [f"cell/{name}/vars/0" for name in ("query_norm", "key_norm", "norm")]
+    names += [f"{name}/vars/0" for name in ("gate_dense", "up_dense", "down_dense")]
+    names += [f"{name}/vars/0" for name in ("mixer_norm", "mlp_norm")]
+    assert sorted(paths) == sorted(f"layers/hla_decoder_block/{name}" for name in names)
 
 
 def test_inputs_called_like_unnamed_ones_are_refused():

@@ -236,7 +236,7 @@ def test_algorithm_3_keeps_the_terms_whose_maximum_is_reached_twice(rng):
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "published" not in name])
 @pytest.mark.parametrize("form", FORMS)
 def test_packed_is_separate(rng, variant, form):
-    """Documents in a row, with decay or without, some of their tokens masked."""
+    """Packed sequences, with decay or without, some of their tokens masked."""
     decay = "per_token" if form == "recurrent" else "none"
     inputs, log_decay = draw(rng, 40, decay, dim=4, value_dim=3)
     operator, options = split(variant)
@@ -244,18 +244,18 @@ def test_packed_is_separate(rng, variant, form):
     segment_ids = np.repeat([[3, 1, 7, 1], [0, 1, 2, 3]], np.diff(ends), axis=1).astype("int32")
     mask = rng.random((2, 40)) < 0.8
     mask[:, [2, 7, 20, 30]] = True
-    segment_ids[1] = np.where(mask[1], segment_ids[1], 9)  # what is masked is in no document
+    segment_ids[1] = np.where(mask[1], segment_ids[1], 9)  # what is masked is in no segment
     weight = rng.standard_normal((2, 40, 2, 3)).astype("float32")
     arrays = inputs if log_decay is None else [*inputs, log_decay]
     expected = np.zeros(weight.shape)
     slopes = [np.zeros(x.shape) for x in arrays]
     for row, (begin, end) in itertools.product(range(2), itertools.pairwise(ends)):
-        document = np.ix_([row], begin + np.flatnonzero(mask[row, begin:end]))
-        q, k, v, *g = (x[document] for x in arrays)
+        segment = np.ix_([row], begin + np.flatnonzero(mask[row, begin:end]))
+        q, k, v, *g = (x[segment] for x in arrays)
         alone = Reference(serial, operator, (q, k, v), *g, **options)
-        expected[document] = alone.output
-        for whole, slope in zip(slopes, alone.gradients(weight[document]), strict=True):
-            whole[document] = slope
+        expected[segment] = alone.output
+        for whole, slope in zip(slopes, alone.gradients(weight[segment]), strict=True):
+            whole[segment] = slope
 
     def function(q, k, v, *g):
         output = ops.higher_order_attention(

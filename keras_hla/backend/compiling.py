@@ -8,6 +8,13 @@ import keras
 from keras_hla.backend.loops import scan_serially
 
 
+def is_torch_compiling():
+    """Whether PyTorch traces the call, for `torch.compile`, where it is the backend."""
+    import torch
+
+    return torch.compiler.is_compiling()
+
+
 def traced(function, *inputs):
     """What the function returns, where the contents of tensors do not matter."""
     if keras.config.backend() == "jax":

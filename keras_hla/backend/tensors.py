@@ -3,13 +3,14 @@
 import keras
 from keras import ops
 
-_constants: dict = {}  # of PyTorch, by values, dtype and device
+_kept: dict = {}  # of PyTorch, by what they depend on
+_MOST_KEPT = 64
 # TensorFlow is slow at many small products on a CPU.
 DEFAULT_CHUNK_SIZE = 128 if keras.config.backend() == "tensorflow" else 64
 
 
 def size_at_run_time(length, largest):
-    """The size of pieces, at most `largest`, of a length that is unknown at trace time."""
+    """The size of chunks, at most `largest`, of a length that is unknown at trace time."""
     if keras.config.backend() == "tensorflow":
         # Or a single token would cost as much as a chunk.
         return ops.clip(length, 1, largest)
@@ -40,21 +41,28 @@ def constant(values, dtype):
     Under PyTorch it is kept, as to copy it to a GPU waits for all that runs there.
     """
     dtype = keras.backend.standardize_dtype(dtype)
+    return kept((values, dtype), lambda: ops.convert_to_tensor(values, dtype))
+
+
+def kept(key, make):
+    """What `make()` returns, tensors that depend on `key` alone, kept under PyTorch."""
     if keras.config.backend() != "torch":
-        return ops.convert_to_tensor(values, dtype)
+        return make()
     from keras.src.backend.torch.core import get_device  # which has no public name
     import torch
 
     if torch.compiler.is_compiling():  # where it is a part of the graph
-        return ops.convert_to_tensor(values, dtype)
-    key = values, dtype, get_device()
-    found = _constants.get(key)
-    if found is None:
-        with torch.inference_mode(False):
-            found = ops.convert_to_tensor(values, dtype)
-        if type(found) is torch.Tensor:  # not one that stands for another while it is traced
-            _constants[key] = found
-    return found
+        return make()
+    key = *key, get_device()
+    if key not in _kept:
+        with torch.inference_mode(False), torch.no_grad():
+            found = make()
+        if not all(type(x) is torch.Tensor for x in keras.tree.flatten(found)):
+            return found  # what stands for tensors while they are traced
+        while len(_kept) >= _MOST_KEPT:
+            _kept.pop(next(iter(_kept)), None)
+        _kept[key] = found
+    return _kept[key]
 
 
 def at_least(x, minimum):

@@ -1,4 +1,4 @@
-"""Serial loops under PyTorch: the step is traced, once, into a graph of few operations."""
+"""Serial loops under PyTorch: the step is traced once, into a graph of few operations."""
 
 import functools
 import operator
@@ -189,7 +189,7 @@ def _keeps_order(node):
     before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
     if before.numel() != after.numel():
         return False
-    if node.target is _aten.slice.Tensor and len(node.args) > 4:  # A step may be negative.
+    if node.target is _aten.slice.Tensor and len(node.args) > 4:  # A stride may be negative.
         return False
     if node.target not in _SWAPS:
         return True

@@ -47,7 +47,7 @@ def main():
         action="append",
         default=[],
         metavar="MODULE",
-        help="module to import first, with operators, layers or functions of your own",
+        help="module to import first, that defines operators, layers or functions",
     )
     arguments = parser.parse_args()
     if not arguments.model.is_file():

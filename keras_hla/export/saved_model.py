@@ -29,7 +29,7 @@ def export_saved_model(model, path, stateful=False):
     | `step` | those of the model: a piece; states before it | those of the model; states after it |
     | `step_masked` | the same and `mask` | the same |
 
-    `mask` is boolean, `(batch, length)`, true where a token counts; the outputs of
+    `mask` is boolean, `(batch, length)`, true for unmasked tokens; the outputs of
     the other tokens mean nothing. From JAX, a piece has one token or more. Floats
     in the outputs are float32 under every policy but that of float64.
 

@@ -6,8 +6,8 @@ from keras_hub.models import Backbone
 from keras_hla.checks import check_positive_int
 from keras_hla.layers import HLA, HLACell, HLADecoderBlock
 from keras_hla.layers.arguments import plain, split_arguments
-from keras_hla.layers.float64 import make_rms_norm
 from keras_hla.layers.quantized import layer_options, policy_with_quantized
+from keras_hla.layers.rms_normalization import RMSNormalization
 
 # Arguments of the blocks that generation leaves no choice of.
 _FIXED = {"return_state": True, "stateful": False, "causal": True}
@@ -29,7 +29,7 @@ class HLABackbone(Backbone):
             that are dropped in training.
         norm_epsilon: Positive number, added to the mean squares of the norms.
         tie_word_embeddings: Whether the logits of a language model are computed
-            with the weights of the embedding, or with weights of their own.
+            with the weights of the embedding, or with separate weights.
         seed: Integer, seed of the dropout.
         name: Name of the model.
         trainable: Whether the weights are trained.
@@ -42,7 +42,7 @@ class HLABackbone(Backbone):
     Call arguments:
         inputs: Dictionary of `"token_ids"`, integers of shape `(batch, length)`,
             and `"padding_mask"`, booleans or integers of the same shape, true
-            where a token counts. The others leave the states as they are.
+            for unmasked tokens. Masked ones leave the states as they are.
 
     Returns:
         A tensor of shape `(batch, length, hidden_dim)`.
@@ -121,7 +121,7 @@ class HLABackbone(Backbone):
             )
             for i in range(num_layers)
         ]
-        self.norm = make_rms_norm(dtype, epsilon=norm_epsilon, name="norm")
+        self.norm = RMSNormalization(epsilon=norm_epsilon, dtype=dtype, name="norm")
         # Both treat each token alone. If they do not say so, Keras warns that a mask ends there.
         self.token_embedding.supports_masking = self.norm.supports_masking = True
 
@@ -154,7 +154,7 @@ class HLABackbone(Backbone):
             states: States before these tokens, as this method returns them, or
                 as `get_initial_state` does.
             padding_mask: Tensor of shape `(batch, length)`, as in a call of the
-                backbone, or `None` if all tokens count.
+                backbone, or `None` if no token is masked.
 
         Returns:
             The tuple `(outputs, states)`: a tensor of shape `(batch, length,

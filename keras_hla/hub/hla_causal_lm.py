@@ -62,7 +62,7 @@ class HLACausalLM(CausalLM):
 
     def make_generate_function(self):
         """As that of keras-hub, but anew where layers have other variables, as after LoRA."""
-        if self._snapshot is None or not self._snapshot.shows(self):
+        if self._snapshot is None or not self._snapshot.matches(self):
             self._snapshot = Snapshot(self, self._forget)
             self._forget()
         return super().make_generate_function()
@@ -125,7 +125,7 @@ class HLACausalLM(CausalLM):
 
         Args:
             token_ids: Integer tensor of shape `(batch, length)`.
-            padding_mask: Tensor of the same shape, true where a token counts, or
+            padding_mask: Tensor of the same shape, true for unmasked tokens, or
                 `None` if all count.
             scoring_mode: `"logits"` or `"loss"`.
             target_ids: Integer tensor of the same shape: for `"loss"` the tokens

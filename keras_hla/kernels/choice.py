@@ -52,8 +52,8 @@ def choose(
         chunk_size: As in `higher_order_attention`.
 
     Returns:
-        The named tuple `(implementation, reason)`. A single token is always a step of
-        the portable path, and so is none.
+        The named tuple `(implementation, reason)`. The portable path always takes a
+        single token, which is a step, and an empty sequence.
 
     Raises:
         ValueError: if `implementation="triton"` cannot run that, with the reason.
@@ -123,5 +123,5 @@ def _outside_of_form(form, causal, normalize, chunk_size):
     if normalize:
         return "they would round the sum by which normalize=True divides"
     if chunk_size is not None:
-        return f"they have a chunk size of their own, not chunk_size={chunk_size}"
+        return f"they choose the chunk size themselves, not chunk_size={chunk_size}"
     return None

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_hla import kernels
+from keras_hla import kernels, stages
 from keras_hla.checks import (
     as_tensor,
     check_choice,
@@ -18,6 +18,7 @@ from keras_hla.checks import (
 )
 from keras_hla.evaluate import evaluate
 from keras_hla.inputs import arrange
+from keras_hla.layers import fused as fused_layers
 from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.hla_cell import HLACell
@@ -53,15 +54,14 @@ class HLA(CompositeLayer):
         stateful: Whether each batch starts from the state in which the one
             before ended. It needs a fixed batch size. The states are `variables`,
             not `weights`: no file holds them, and they pass between no models.
-        zero_output_for_mask: Whether the output of a token that does not count
-            is zero. By default it is the output before it, as in
-            `keras.layers.GRU`.
+        zero_output_for_mask: Whether the output of a masked token is zero. By
+            default it is the output before it, as in `keras.layers.GRU`.
         causal: `False` lets every token read the whole sequence, still in linear
             time. It goes without decay, convolution and state.
         chunk_size: Largest number of tokens of a chunk. It changes time and
             memory, not the result. `None` chooses.
         remat_length: Longest sequence of which all is kept that the gradients
-            need. A longer one is taken in pieces of at most this length, each
+            need. A longer one is taken in parts of at most this length, each
             computed a second time for its gradients, which saves memory. `None`
             is no limit. It needs a length known when the call is traced, and
             `causal=True`. Of a longer one there is no gradient by `torch.func`, and
@@ -83,11 +83,11 @@ class HLA(CompositeLayer):
         initial_state: List of states as returned with `return_state=True`, of
             shapes `(batch, *size)` for the entries of `layer.cell.state_size`.
             `None` is the state before the first token.
-        mask: Boolean tensor of shape `(batch, length)`, true where a token
-            counts. The others leave the state unchanged, whatever they hold.
-        segment_ids: Integer tensor of shape `(batch, length)`, for several
-            documents in a row: where it changes, the state starts anew, as if
-            each document were alone. The first goes on with the initial state.
+        mask: Boolean tensor of shape `(batch, length)`, true for unmasked
+            tokens. Masked ones leave the state unchanged, whatever they hold.
+        segment_ids: Integer tensor of shape `(batch, length)`, for packed
+            sequences: where it changes, a segment starts, from zero states. The
+            first segment goes on with the initial state.
         training: Whether to drop outputs, where `dropout` is set.
 
     Returns:
@@ -226,9 +226,7 @@ class HLA(CompositeLayer):
             )
         if mask is not None:
             sequences = ops.where(mask[..., None], sequences, 0)
-        starts = None
-        if segment_ids is not None:
-            starts = segment_starts(ops.convert_to_tensor(segment_ids), mask)
+        starts = _starts(segment_ids, mask)
         states = self._starting_states(initial_state)
         kept = self.return_state or self.stateful or scope is not None
         output, states = self._in_parts(states, sequences, mask, starts, kept and self.causal)
@@ -280,9 +278,11 @@ class HLA(CompositeLayer):
 
     def _one_part(self, states, sequences, mask=None, starts=None, return_state=True):
         """`_in_parts` at once: choose, project, evaluate, finish."""
-        cell = self.cell
-        implementation, _ = self.implementation_for(sequences, segmented=starts is not None)
-        fused = implementation == "triton"
+        cell, segmented = self.cell, starts is not None
+        if not return_state and self.why_not_fused(sequences, states, mask, segmented) is None:
+            return fused_layers.mix(self, ops.cast(sequences, self.compute_dtype), starts), ()
+        implementation, _ = self.implementation_for(sequences, segmented)
+        fused = stages.are_fused(implementation)
         memory, context = (None, {}) if states is None else cell.split_states(states)
         operands, context = cell.project(sequences, context, mask, starts, return_state, fused)
         output, memory = evaluate(
@@ -318,6 +318,33 @@ class HLA(CompositeLayer):
             normalize=cell.normalize,
             chunk_size=self.chunk_size,
         )
+
+    def why_not_fused(
+        self, sequences=None, initial_state=None, mask=None, segmented=False, others=()
+    ):
+        """Why the stages of the layer are not one function, in words, or `None` if they are.
+
+        One function takes less of the host's time, under PyTorch on a GPU.
+
+        Args:
+            sequences: Tensor like those of a call, for its device and known shape.
+            initial_state: As in a call.
+            mask: As in a call.
+            segmented: Whether the call has `segment_ids`.
+            others: Projections that are to be computed together with the layer.
+        """
+        choice = self.implementation_for(sequences, segmented)
+        if choice.implementation != "triton":
+            return choice.reason
+        stateful = self.stateful or current_state_scope() is not None
+        if initial_state is not None or self.return_state or stateful:
+            return "there are states before or after the sequence"
+        if mask is not None:
+            return "there is a mask"
+        length = 0 if sequences is None else sequences.shape[1]
+        if self.remat_length is not None and length > self.remat_length:
+            return "the sequence is longer than `remat_length`"
+        return fused_layers.why_not_fused(self.cell, [*self.cell.denses(), *others])
 
     def _check_noncausal(self):
         cell = self.cell
@@ -365,6 +392,11 @@ class HLA(CompositeLayer):
                 f"Received: sequences.shape={tuple(sequences.shape)}"
             )
         return mask, segment_ids
+
+    def starts_of(self, sequences, segment_ids):
+        """Where the segments of a call without a mask start, once that is checked, or `None`."""
+        _, segment_ids = self._check(sequences, None, None, segment_ids)
+        return _starts(segment_ids, None)
 
     def _starting_states(self, initial_state):
         """The given states; else those of a stateful layer; else `None`, which is zeros."""
@@ -415,3 +447,9 @@ class HLA(CompositeLayer):
             "remat_length": self.remat_length,
         }
         return {**super().get_config(), **cell, **plain(config)}
+
+
+def _starts(segment_ids, mask):
+    if segment_ids is None:
+        return None
+    return segment_starts(ops.convert_to_tensor(segment_ids), mask)

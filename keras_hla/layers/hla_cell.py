@@ -39,7 +39,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
         key_dim: Size of each query and key head.
         value_dim: Size of each value head. `None` is `key_dim`.
         num_key_value_heads: Number of key and value heads, a divisor of
-            `num_heads`: query heads in a row share one. `None` is `num_heads`.
+            `num_heads`: consecutive query heads share one. `None` is `num_heads`.
         operator: Name of an operator, or an operator that has a name; see
             `keras_hla.operators.get`.
         decay: How fast the past is forgotten: `None`, not at all; a number in
@@ -171,8 +171,8 @@ class HLACell(HLAWeights, DropoutRNNCell):
             and the new context.
         """
         dtype = exchanged_dtype(self.compute_dtype)
-        denses = (self.query_dense, self.key_dense, self.value_dense)
-        projected = [ops.cast(dense(sequences), dtype) for dense in denses]
+        projected = (self.query_dense, self.key_dense, self.value_dense)
+        projected = [ops.cast(dense(sequences), dtype) for dense in projected]
         after = {}
         if self.conv_kernel_size is not None:
             projected, after["window"] = self._convolve(
@@ -183,8 +183,8 @@ class HLACell(HLAWeights, DropoutRNNCell):
         key = _split_heads(key, self.num_key_value_heads, self.key_dim)
         value = _split_heads(value, self.num_key_value_heads, self.value_dim)
         if self.qk_norm:
-            query = _normalize(query, self.query_norm, fused)
-            key = _normalize(key, self.key_norm, fused)
+            query = self.query_norm.normalize(query, fused)
+            key = self.key_norm.normalize(key, fused)
         if self.feature_map is not None:
             query, key = (
                 ops.cast(self.feature_map(ops.cast(x, self.state_dtype)), dtype)
@@ -203,7 +203,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
 
     def _convolve(self, projected, window, mask, starts, return_window, fused):
         """The convolution of the projected queries, keys and values, and the window after it."""
-        splits = np.cumsum(self._projected_sizes)[:-1].tolist()
+        splits = np.cumsum(self.projected_sizes)[:-1].tolist()
         # Together where there is more to each call than to its products.
         joint = mask is not None or is_single_token(projected[0])
         kernels, windows = [ops.convert_to_tensor(self.conv.kernel)], [window]
@@ -230,7 +230,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
         """The cosines and sines of the tokens' positions, and the position after them."""
         before, total = _count(sequences, mask, self.state_dtype)
         block, rest = (None, 0.0) if position is None else split_position(position)
-        angles = rotation(block, rest + before, self._turns)
+        angles = rotation(block, rest + before, self.turns)
         if not return_position:
             return angles, None
         if position is None:
@@ -240,7 +240,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
     def finish(self, output, inputs, fused=False):
         """From the operator's outputs `(..., heads, dim)` to the layer's, `(..., features)`."""
         if self.output_norm:
-            output = _normalize(output, self.norm, fused)
+            output = self.norm.normalize(output, fused)
         *lead, heads, dim = ops.shape(output)
         output = ops.cast(ops.reshape(output, (*lead, heads * dim)), self.compute_dtype)
         if self.output_gate is not None:
@@ -275,10 +275,6 @@ class HLACell(HLAWeights, DropoutRNNCell):
 
 def _split_heads(x, heads, dim):
     return ops.reshape(x, (*ops.shape(x)[:-1], heads, dim))
-
-
-def _normalize(x, norm, fused):
-    return stages.rms_norm(x, ops.convert_to_tensor(norm.scale), norm.epsilon, fused)
 
 
 def _count(sequences, mask, dtype):

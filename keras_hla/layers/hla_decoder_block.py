@@ -12,18 +12,19 @@ from keras_hla.checks import (
     check_positive_int,
     check_rank,
 )
+from keras_hla.layers import fused as fused_layers
 from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.feature_map import get_activation, serialize_activation
-from keras_hla.layers.float64 import make_rms_norm
 from keras_hla.layers.hla import HLA
 from keras_hla.layers.hla_cell import HLACell
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
+from keras_hla.layers.rms_normalization import RMSNormalization
 
 # Arguments of the mixer that a residual leaves no choice of.
 _FIXED = ("return_sequences", "go_backwards", "output_shape")
-# The sizes of the MLP are multiples of this.
-_MULTIPLE = 16
+# The size of an MLP is a multiple of this.
+_MLP_MULTIPLE = 16
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
@@ -57,8 +58,8 @@ class HLADecoderBlock(CompositeLayer):
         sequences: Tensor of shape `(batch, length, features)`.
         initial_state: List of states as returned with `return_state=True`, or
             `None`, as in `HLA`.
-        mask: Boolean tensor of shape `(batch, length)`, true where a token
-            counts. What the others hold does not matter.
+        mask: Boolean tensor of shape `(batch, length)`, true for unmasked
+            tokens. What masked ones hold does not matter.
         segment_ids: Integer tensor of shape `(batch, length)`, as in `HLA`.
         training: Whether to drop outputs.
 
@@ -132,7 +133,7 @@ class HLADecoderBlock(CompositeLayer):
     def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
         check_features("sequences", sequences_shape, "(batch, length, features)")
         features = sequences_shape[-1]
-        size = self.intermediate_dim or -(-8 * features // (3 * _MULTIPLE)) * _MULTIPLE
+        size = self.intermediate_dim or -(-8 * features // (3 * _MLP_MULTIPLE)) * _MLP_MULTIPLE
         cell = self.mixer.cell
         self.mixer_norm = self._norm("mixer_norm")
         self.mlp_norm = self._norm("mlp_norm")
@@ -174,9 +175,12 @@ class HLADecoderBlock(CompositeLayer):
             sequences = ops.where(ops.cast(mask, "bool")[..., None], sequences, 0)
         sequences = ops.cast(sequences, self.compute_dtype)
         segmented = segment_ids is not None
-        fused = self.mixer.implementation_for(sequences, segmented).implementation == "triton"
+        if self._why_not_fused(sequences, initial_state, mask, segmented, training) is None:
+            starts = self.mixer.starts_of(sequences, segment_ids)
+            return fused_layers.transform(self, sequences, starts)
+        fused = stages.are_fused(self.mixer.implementation_for(sequences, segmented)[0])
         mixed = self.mixer(
-            _normalize(sequences, self.mixer_norm, fused),
+            self.mixer_norm.normalize(sequences, fused),
             initial_state=initial_state,
             mask=mask,
             segment_ids=segment_ids,
@@ -184,12 +188,21 @@ class HLADecoderBlock(CompositeLayer):
         )
         mixed, *states = mixed if self.mixer.return_state else (mixed,)
         output = sequences + mixed
-        hidden = _normalize(output, self.mlp_norm, fused)
+        hidden = self.mlp_norm.normalize(output, fused)
         gates = self.gate_dense(hidden)
         hidden = stages.gate(self.up_dense(hidden), gates, self.activation, fused)
         warn_of_redrawn_dropout(self, self.cell, training)
         output = output + self.cell.drop(self.down_dense(hidden), training)
         return (output, *states) if states else output
+
+    def _why_not_fused(self, sequences, initial_state, mask, segmented, training):
+        """As `HLA.why_not_fused`, of the whole block."""
+        if self.activation is not keras.activations.silu:
+            return "`activation` is not 'silu'"
+        if training and self.cell.dropout:
+            return "there is dropout"
+        others = self.gate_dense, self.up_dense, self.down_dense
+        return self.mixer.why_not_fused(sequences, initial_state, mask, segmented, others)
 
     def compute_mask(self, sequences, previous_mask=None):
         return self.mixer.compute_mask(sequences, previous_mask)
@@ -205,8 +218,11 @@ class HLADecoderBlock(CompositeLayer):
         return self.mixer.compute_output_spec(sequences, initial_state, mask, segment_ids)
 
     def _norm(self, name):
-        return make_rms_norm(
-            self.dtype_policy, epsilon=self.norm_epsilon, trainable=self.trainable, name=name
+        return RMSNormalization(
+            epsilon=self.norm_epsilon,
+            trainable=self.trainable,
+            dtype=self.dtype_policy,
+            name=name,
         )
 
     def get_config(self):
@@ -219,7 +235,3 @@ class HLADecoderBlock(CompositeLayer):
             "norm_epsilon": self.norm_epsilon,
         }
         return {**mixer, **super().get_config(), **plain(config)}
-
-
-def _normalize(x, norm, fused):
-    return stages.rms_norm(x, ops.convert_to_tensor(norm.scale), norm.epsilon, fused)

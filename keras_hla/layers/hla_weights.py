@@ -13,8 +13,9 @@ from keras_hla.layers.arguments import plain, plain_number
 from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
-from keras_hla.layers.float64 import make_dense, make_rms_norm
+from keras_hla.layers.float64 import make_dense
 from keras_hla.layers.quantized import with_default
+from keras_hla.layers.rms_normalization import RMSNormalization
 from keras_hla.layers.short_convolution import ShortConvolution
 from keras_hla.precision import state_dtype
 from keras_hla.stages.rotary import turns_of
@@ -71,7 +72,7 @@ class HLAWeights(CompositeLayer):
                     f"(`rope_max_wavelength`). Received: key_dim={key_dim}, "
                     f"rope_max_wavelength={rope_max_wavelength}"
                 )
-            self._turns = turns_of(key_dim, rope_max_wavelength)
+            self.turns = turns_of(key_dim, rope_max_wavelength)
         self.num_heads = int(num_heads)  # which may be NumPy's, as all sizes
         self.key_dim = int(key_dim)
         self.value_dim = int(value_dim or key_dim)
@@ -135,7 +136,7 @@ class HLAWeights(CompositeLayer):
                 dtype=self.state_dtype,
                 name="conv",
             )
-            self.conv.build((*input_shape[:-1], sum(self._projected_sizes)))
+            self.conv.build((*input_shape[:-1], sum(self.projected_sizes)))
         if self.decay is not None:
             policy = with_default(self.dtype_policy, self.state_dtype)
             self.log_decay = LogDecay(
@@ -172,13 +173,22 @@ class HLAWeights(CompositeLayer):
         value_dim = self.value_dim + self.normalize  # with a column for the denominator
         sizes = [*self.operator.state_shapes(moments, self.num_heads, self.key_dim, value_dim)]
         if self.conv_kernel_size is not None:
-            sizes.append((self.conv_kernel_size - 1, sum(self._projected_sizes)))
+            sizes.append((self.conv_kernel_size - 1, sum(self.projected_sizes)))
         if self.rope_max_wavelength is not None:
             sizes.append((2,))
         return sizes
 
+    def denses(self):  # no property, as which Keras would save them in the place of the attributes
+        """Returns the list of all projections."""
+        denses = [self.query_dense, self.key_dense, self.value_dense, self.output_dense]
+        if self.output_gate is not None:
+            denses.append(self.gate_dense)
+        if self.decay == "input":
+            denses.append(self.log_decay.logit_dense)
+        return denses
+
     @property
-    def _projected_sizes(self):
+    def projected_sizes(self):
         """The sizes of all heads' queries, keys and values."""
         key_value_heads = self.num_key_value_heads
         return (
@@ -188,7 +198,7 @@ class HLAWeights(CompositeLayer):
         )
 
     def _norm(self, name, dim):
-        norm = make_rms_norm(self.state_dtype, trainable=self.trainable, name=name)
+        norm = RMSNormalization(dtype=self.state_dtype, trainable=self.trainable, name=name)
         norm.build((None, dim))
         return norm
 
@@ -200,7 +210,7 @@ class HLAWeights(CompositeLayer):
             name: Name of the layer.
             owner: The `CompositeLayer` that it is in, if not the cell.
         """
-        # Every projection needs an initializer of its own, or all would start with equal weights.
+        # Every projection needs a separate initializer, or all would start with equal weights.
         return make_dense(
             int(units),
             use_bias=self.use_bias,

@@ -23,8 +23,8 @@ class StateScope:
             of a layer. `None` is the state before the first token. Where the
             model masks tokens by itself, their outputs repeat the one before
             them, which may be of the piece before: that is one more state then.
-        mask: Boolean tensor of shape `(batch, length)`, true where a token
-            counts, for all layers. `None` is all.
+        mask: Boolean tensor of shape `(batch, length)`, true for unmasked tokens,
+            for all layers. `None` masks nothing.
     """
 
     def __init__(self, states=None, mask=None):
@@ -46,8 +46,8 @@ class StateScope:
         for name, value in (("initial_state", initial_state), ("segment_ids", segment_ids)):
             if value is not None:
                 raise ValueError(
-                    "A stream hands the states from piece to piece, and each sequence is a stream "
-                    f"of its own: make the model without `{name}` of layer '{layer.name}'"
+                    "A stream hands the states from piece to piece, and each sequence is another "
+                    f"stream: make the model without `{name}` of layer '{layer.name}'"
                 )
         for name, needed in (("causal", True), ("go_backwards", False)):
             if getattr(layer, name) != needed:

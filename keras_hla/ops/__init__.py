@@ -9,7 +9,7 @@ from keras_hla.ops.attention import (
     causal_linear_attention,
     higher_order_attention,
 )
-from keras_hla.ops.segments import combine, summarize
+from keras_hla.ops.segment_algebra import combine, summarize
 from keras_hla.ops.weights import attention_weights
 
 __all__ = [

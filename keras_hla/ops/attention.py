@@ -54,8 +54,8 @@ def higher_order_attention(
     Args:
         query: Tensor of shape `(batch, length, heads, dim)`.
         key: Tensor of shape `(batch, length, key_value_heads, dim)`, where
-            `key_value_heads` divides `heads`: query heads in a row share a key
-            and value head.
+            `key_value_heads` divides `heads`: consecutive query heads share a
+            key and value head.
         value: Tensor of shape `(batch, length, key_value_heads, value_dim)`.
             All three have the same floating dtype.
         operator: Name of an operator, or an operator; see
@@ -81,12 +81,12 @@ def higher_order_attention(
             `(A Aᵀ) V`, `A = Q Kᵀ`, for `"hla2"`, `A A V` for `"ahla"`, `A Aᵀ A V`
             for `"hla3"`. It goes with no decay, no state, and the forms
             `"chunked"` and `"matrix"`.
-        mask: Boolean (or integer) tensor of shape `(batch, length)`, true where
-            a token counts. The others leave the state unchanged, whatever they hold,
-            and have outputs of zero.
-        segment_ids: Integer tensor of shape `(batch, length)`, for several
-            documents in a row: where it changes from one token that counts to
-            the next, the state starts anew. The first document goes on with the
+        mask: Boolean (or integer) tensor of shape `(batch, length)`, true for
+            unmasked tokens. Masked ones leave the state unchanged, whatever they
+            hold, and have outputs of zero.
+        segment_ids: Integer tensor of shape `(batch, length)`, for packed
+            sequences: where it changes from one unmasked token to the next, a
+            segment starts, from zero states. The first segment goes on with the
             initial state.
         initial_state: List of states as returned with `return_state=True`.
         return_state: Whether to return the state after the last token.

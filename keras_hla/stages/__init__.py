@@ -4,9 +4,19 @@ Each takes and gives tensors of one dtype, and computes in that of the states in
 portable form, in `keras.ops`, and with `fused=True` one by kernels, that computes the same.
 """
 
+import keras
+
 from keras_hla.stages.convolution import convolve, last_window
 from keras_hla.stages.gate import gate
 from keras_hla.stages.norm import rms_norm
 from keras_hla.stages.rotary import rotate
 
-__all__ = ["convolve", "gate", "last_window", "rms_norm", "rotate"]
+__all__ = ["are_fused", "convolve", "gate", "last_window", "rms_norm", "rotate"]
+
+
+def are_fused(implementation):
+    """Whether kernels compute the stages beside an operator that has this implementation.
+
+    XLA makes kernels of the portable ones that are as fast.
+    """
+    return implementation == "triton" and keras.config.backend() == "torch"

@@ -75,9 +75,10 @@ def _fused(x, kernel, activation, window, segments):
         x = _row(x, size, window)
         segments = None if segments is None else _row(segments, size, None)
     is_silu = activation is keras.activations.silu
-    (output,) = CONVOLUTION((is_silu,), x=x, kernel=kernel, segments=segments)
-    output = output[:, -length:] if window is not None else output
-    return output if is_silu or activation is None else activation(output)
+    after = None if is_silu else activation
+    tokens = x if after is None else ops.cast(x, kernel.dtype)  # or sums are rounded before it
+    (output,) = CONVOLUTION((is_silu,), x=tokens, kernel=kernel, segments=segments)
+    return _activate(output if window is None else output[:, -length:], after, x.dtype)
 
 
 def _segments(mask, starts):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_hla.backend.tensors import constant, cos_and_sin
+from keras_hla.backend.tensors import constant, cos_and_sin, kept
 from keras_hla.precision import state_dtype
 
 # A position is two numbers, blocks of tokens and the tokens besides: one number of float32 would
@@ -71,6 +71,16 @@ def rotation(block, rest, turns):
         of_blocks = _turn(block, turns.of_block, turns.lost_of_block)
         angle, lost = angle + of_blocks[0], lost + of_blocks[1]
     return cos_and_sin((ops.cast(angle, rest.dtype) + lost) * (2 * math.pi / _TURN))
+
+
+def rotation_from_start(length, turns, dtype):
+    """`rotation` of the first tokens. Under PyTorch the last few are kept."""
+
+    def make():
+        rest = ops.cast(ops.arange(length), dtype)[None]
+        return rotation(None, rest, turns)
+
+    return kept(("rotation", length, turns, dtype), make)
 
 
 def _turn(count, whole, lost):

@@ -9,6 +9,8 @@ from keras_hla.streaming.model_call import ModelCall
 class StreamedModel(keras.layers.Layer):
     """From inputs, mask and states by name to outputs and new states by name.
 
+    Files hold the name of the class, in the config and in the paths of the weights.
+
     Args:
         model: The model, functional or Sequential.
         state_names: List of the lists of names of the states, one for each call

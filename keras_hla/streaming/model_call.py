@@ -31,7 +31,7 @@ class ModelCall:
             model = keras.Model(model.inputs, model.outputs, name=model.name)
         self.model = model
         self.inputs = _named_inputs(model)
-        # A dictionary of outputs has names of its own.
+        # A dictionary of outputs brings its names.
         self.output_names = list(
             model.output if isinstance(model.output, dict) else model.output_names
         )
@@ -68,9 +68,9 @@ def _named_inputs(model):
     if isinstance(structure, dict):
         return dict(structure)
     inputs = tree.flatten(structure)
-    one = len(inputs) == 1
+    single = len(inputs) == 1
     names = [
-        ("inputs" if one else f"inputs_{i}") if _UNNAMED.fullmatch(x.name) else x.name
+        ("inputs" if single else f"inputs_{i}") if _UNNAMED.fullmatch(x.name) else x.name
         for i, x in enumerate(inputs, start=1)
     ]
     if len(set(names)) < len(names):

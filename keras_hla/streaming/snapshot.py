@@ -18,7 +18,7 @@ class Snapshot:
         self._references = [weakref.ref(x, lambda _: forget()) for x in _parts(model)]
         self._policies = _policies(model)
 
-    def shows(self, model):
+    def matches(self, model):
         """Whether the model still has the same parts: values of variables may be others."""
         parts = _parts(model)
         return (

@@ -40,7 +40,7 @@ class StreamingModel(keras.Model):
 
     def make_predict_function(self, force=False):
         """As Keras' own, but anew where layers have other variables, as after `enable_lora`."""
-        changed = self._snapshot is None or not self._snapshot.shows(self)
+        changed = self._snapshot is None or not self._snapshot.matches(self)
         if changed:
             self._snapshot = Snapshot(self, self._forget)
         return super().make_predict_function(force=force or changed)
@@ -86,9 +86,9 @@ def streaming_model(model, masked=False):
             the inputs of unknown length, as in `keras.Input((None,))`; if there is
             none, those of three or more axes and those of integers.
         masked: Whether the model has one more input, `"mask"`: a boolean tensor of
-            shape `(batch, length)`, true where a token counts. With it the pieces
-            of a batch can be of different lengths. The outputs of tokens that do
-            not count mean nothing. Those that the model masks by itself, as with
+            shape `(batch, length)`, true for unmasked tokens. With it the pieces
+            of a batch can be of different lengths. The outputs of the tokens that it
+            masks mean nothing. Those that the model masks by itself, as with
             `Embedding(mask_zero=True)`, have the outputs that they have in the whole.
 
     Returns:

@@ -24,7 +24,7 @@ def writer_of(model):
             f"Received: {model}"
         )
     writer = getattr(model, "_keras_hla_writer", None)
-    if writer is None or not writer.snapshot.shows(model):
+    if writer is None or not writer.snapshot.matches(model):
         writer = Writer(model)
         vars(model)["_keras_hla_writer"] = writer  # not by `setattr`, or Keras would track it
     return writer

@@ -1,9 +1,15 @@
 """Launches under JAX, by jax-triton."""
 
 import functools
+import inspect
 
 import jax
 import jax_triton
+import keras
+
+# Which name jax-triton has for the shapes of outputs: the first from 0.4 on.
+_PARAMETERS = inspect.signature(jax_triton.triton_call).parameters
+_OUTPUTS = "out_type" if "out_type" in _PARAMETERS else "out_shape"
 
 
 def register(function):
@@ -24,7 +30,7 @@ def _forward(function, options, tensors):
 
 def _backward(function, options, residuals, results):
     tensors, saved = residuals
-    wanted = tuple(name for name, x in tensors.items() if jax.numpy.issubdtype(x.dtype, "floating"))
+    wanted = tuple(name for name, x in tensors.items() if keras.backend.is_float_dtype(x.dtype))
     found = function.gradients(run, options, tensors, saved, results, wanted)
     return ({name: found.get(name) for name in tensors},)
 
@@ -42,8 +48,8 @@ def run(launch, inputs):
         *inputs,
         *launch.numbers,
         kernel=launch.kernel,
-        out_shape=shapes,
         grid=launch.grid,
+        **{_OUTPUTS: shapes},
         **launch.constants,
         **launch.options,
     )

@@ -24,12 +24,14 @@ class KernelFunction:
             results; the gradient of a result may be `None`, of all not.
         shapes: `shapes(options, tensors, save)` returns two tuples of pairs `(shape, dtype)`:
             those of what `evaluate` returns.
+        reads: The names of the tensors that `gradients` reads; `None` is all.
     """
 
     name: str
     evaluate: Callable
     gradients: Callable
     shapes: Callable
+    reads: tuple | None = None
 
     def __post_init__(self):
         _launcher().register(self)

@@ -20,4 +20,6 @@ class Launch:
     constants: dict
     options: dict = dataclasses.field(default_factory=dict)
     in_place: dict = dataclasses.field(default_factory=dict)  # outputs: the inputs they overwrite
-    compiled: dict = dataclasses.field(default_factory=dict)  # by device, for the backend
+    compiled: dict = dataclasses.field(
+        default_factory=dict
+    )  # for the backend, by device and dtypes

@@ -23,7 +23,7 @@ def call(function, options, tensors):
         description = repr((options, names, needed, count))
         return tuple(_OPERATORS[function.name]([*tensors.values()], description)[:count])
     if not needed:
-        tensors = {name: _as_kernels_take_it(x) for name, x in tensors.items()}
+        tensors = {name: as_kernels_take_it(x) for name, x in tensors.items()}
         return function.evaluate(run, options, tensors, False)[0]
     return _Differentiable.apply(function, options, tuple(tensors), *tensors.values())
 
@@ -31,7 +31,7 @@ def call(function, options, tensors):
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, options, names, *tensors):
-        tensors = [_as_kernels_take_it(x) for x in tensors]
+        tensors = [as_kernels_take_it(x) for x in tensors]
         results, saved = function.evaluate(
             run, options, dict(zip(names, tensors, strict=True)), True
         )
@@ -43,12 +43,12 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         if torch.is_grad_enabled():  # with `create_graph=True`
-            _refuse_gradients_of_gradients()
+            refuse_second_gradients()
         function, options, names = ctx.call
         wanted = [x for x, n in zip(names, ctx.needs_input_grad[3:], strict=True) if n]
         tensors, saved = ctx.saved_tensors[: len(names)], ctx.saved_tensors[len(names) :]
         tensors = dict(zip(names, tensors, strict=True))
-        gradients = tuple(x if x is None else _as_kernels_take_it(x) for x in gradients)
+        gradients = tuple(x if x is None else as_kernels_take_it(x) for x in gradients)
         found = function.gradients(run, options, tensors, saved, gradients, wanted)
         return None, None, None, *map(found.get, names)
 
@@ -61,7 +61,7 @@ def register(function):
 
     def evaluate(tensors, description):
         options, names, save, _ = _parse(description)
-        tensors = dict(zip(names, map(_as_kernels_take_it, tensors), strict=True))
+        tensors = dict(zip(names, map(as_kernels_take_it, tensors), strict=True))
         results, saved = function.evaluate(run, options, tensors, save)
         return [*results, *saved]
 
@@ -72,8 +72,8 @@ def register(function):
 
     def gradients(tensors, saved, gradients, description):
         options, names, wanted, given = _parse(description)
-        tensors = dict(zip(names, map(_as_kernels_take_it, tensors), strict=True))
-        gradients = iter(map(_as_kernels_take_it, gradients))
+        tensors = dict(zip(names, map(as_kernels_take_it, tensors), strict=True))
+        gradients = iter(map(as_kernels_take_it, gradients))
         gradients = tuple(next(gradients) if x else None for x in given)
         found = function.gradients(run, options, tensors, saved, gradients, wanted)
         return [found[name] for name in wanted]
@@ -90,7 +90,7 @@ def register(function):
         f"{name}_gradients", gradients, mutates_args=(), schema=_GRADIENT_SCHEMA
     )
     of_gradients.register_fake(gradient_shapes)
-    of_gradients.register_autograd(lambda ctx, *_: _refuse_gradients_of_gradients())
+    of_gradients.register_autograd(lambda ctx, *_: refuse_second_gradients())
 
     def keep(ctx, inputs, output):
         tensors, description = inputs
@@ -118,11 +118,11 @@ def register(function):
 _parse = functools.lru_cache(maxsize=1024)(ast.literal_eval)
 
 
-def _refuse_gradients_of_gradients():
+def refuse_second_gradients():
     raise RuntimeError("The kernels have no gradients of gradients. Use implementation='portable'.")
 
 
-def _as_kernels_take_it(x):
+def as_kernels_take_it(x):
     """A tensor with its elements in order, at an aligned address, as nearly all are."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % _ALIGNMENT else x
@@ -143,14 +143,22 @@ def run(launch, inputs):
         else:
             results.append(None if x is None else _allocate(some, x))
     arguments = [some if x is None else x for x in (*inputs, *launch.numbers, *results)]
-    with torch.cuda.device_of(some):
-        compiled = launch.compiled.get(some.device)
-        if compiled is None:
-            compiled = launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
-            launch.compiled[some.device] = compiled  # `None` if interpreted
-        else:
-            # Without asking again for what the arguments are like, which takes longer than the
-            # kernel: the launch has their dtypes and numbers, and addresses are aligned.
-            grid = (*launch.grid, 1, 1)[:3]
-            compiled[grid](*arguments, *launch.constants.values())
+    key = some.device, *[None if x is None else x.dtype for x in inputs]
+    if some.is_cuda and some.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(some.device):
+            _launch(launch, key, arguments)
+    else:  # without the context, which takes as long as a kernel
+        _launch(launch, key, arguments)
     return tuple(results)
+
+
+def _launch(launch, key, arguments):
+    compiled = launch.compiled.get(key)
+    if compiled is None:
+        compiled = launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
+        launch.compiled[key] = compiled  # `None` if interpreted
+    else:
+        # Without asking again for what the arguments are like, which takes longer than the
+        # kernel: their dtypes and the numbers are the same, and addresses are aligned.
+        grid = (*launch.grid, 1, 1)[:3]
+        compiled[grid](*arguments, *launch.constants.values())

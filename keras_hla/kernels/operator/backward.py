@@ -29,7 +29,7 @@ def backward_kernel(
     chunk_states,
     entering,
     span_states,
-    totals,
+    span_decays,
     dquery_before,
     dkey_before,
     # numbers
@@ -60,7 +60,7 @@ def backward_kernel(
     WIDE: tl.constexpr,
     REFINE: tl.constexpr,
     ENTERING: tl.constexpr,
-    SPANS: tl.constexpr,
+    SEVERAL_SPANS: tl.constexpr,
     LEAVING: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -68,7 +68,7 @@ def backward_kernel(
     """The gradients in one span of one head, chunk by chunk from its end.
 
     Given are the states before the chunks, that `forward_kernel` stores, the gradient of the
-    state after the last token, if `ENTERING`, and if there are `SPANS` what `span_kernel`
+    state after the last token, if `ENTERING`, and with `SEVERAL_SPANS` what `span_kernel`
     stores if `REVERSE`. Stores that of the state before the first token if `LEAVING`.
 
     Gradients of queries and keys are added to those `before`, of the passes after this one.
@@ -102,14 +102,14 @@ def backward_kernel(
     if ENTERING:
         start = entering + row * DIM * VALUE_DIM
         dstate = load_rows(start, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
-    if SPANS:
+    if SEVERAL_SPANS:
         place, after = row * spans + spans - 1, spans - 1 - span
         dstate = state_between(
-            dstate, span_states, totals, place, after, -1, DIM, VALUE_DIM, DECAYS
+            dstate, span_states, span_decays, place, after, -1, DIM, VALUE_DIM, DECAYS
         )
 
     for _ in range(chunk_count):
-        within, rests, from_start, to_end, total = load_decays(decays, DECAYS, CHUNK, PRODUCT)
+        coarse, rest, from_start, to_end, total = load_decays(decays, DECAYS, CHUNK, PRODUCT)
         count = length - last * CHUNK  # of tokens from here on
         q = load_rows(query, stride, count, DIM, CHUNK, BLOCK).to(PRODUCT)
         k = load_rows(key, key_stride, count, DIM, CHUNK, BLOCK).to(PRODUCT)
@@ -118,8 +118,8 @@ def backward_kernel(
             v = load_rows(value, value_stride, count, VALUE_DIM, CHUNK, VALUE_BLOCK).to(PRODUCT)
         g = load_rows(gradient, vstride, count, VALUE_DIM, CHUNK, VALUE_BLOCK).to(PRODUCT)
         state = load_rows(chunk_states, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
-        A = scores(q, k, within, rests, POWER, DECAYS, PRECISION)
-        dA = scores(g, v, within, rests, POWER, DECAYS, PRECISION)
+        A = scores(q, k, coarse, rest, POWER, DECAYS, PRECISION)
+        dA = scores(g, v, coarse, rest, POWER, DECAYS, PRECISION)
         if not REFINE:
             A, dA = A.to(PRODUCT), dA.to(PRODUCT)
         dv = mix(tl.trans(A), g, k, dstate, to_end, POWER, DECAYS, WIDE, PRECISION)

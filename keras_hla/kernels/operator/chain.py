@@ -110,7 +110,7 @@ def _span_states(run, plan, pass_, key, value, decays, reverse):
     """What each span leaves to those after it, or backwards to those before it."""
     if plan.spans == 1:
         return None, None
-    return run(launches.spans(plan, pass_, reverse), (key, value, decays))
+    return run(launches.span_states(plan, pass_, reverse), (key, value, decays))
 
 
 def _add(x, y):

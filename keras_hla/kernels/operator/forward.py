@@ -26,7 +26,7 @@ def forward_kernel(
     decays,
     entering,
     span_states,
-    totals,
+    span_decays,
     # numbers
     length,
     heads,
@@ -49,7 +49,7 @@ def forward_kernel(
     DECAYS: tl.constexpr,
     WIDE: tl.constexpr,
     ENTERING: tl.constexpr,
-    SPANS: tl.constexpr,
+    SEVERAL_SPANS: tl.constexpr,
     SAVE: tl.constexpr,
     LEAVING: tl.constexpr,
     PRODUCT: tl.constexpr,
@@ -57,7 +57,7 @@ def forward_kernel(
 ):
     """The outputs of one span of one head, chunk by chunk.
 
-    Given are the state before the first token, if `ENTERING`, and if there are `SPANS` what
+    Given are the state before the first token, if `ENTERING`, and with `SEVERAL_SPANS` what
     `span_kernel` stores. Stores the state before each chunk too, if `SAVE`, and if `LEAVING` that
     after the last token. `SAME` is for keys that are the values as well.
     """
@@ -77,13 +77,15 @@ def forward_kernel(
     if ENTERING:
         start = entering + row * DIM * VALUE_DIM
         state = load_rows(start, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
-    if SPANS:
+    if SEVERAL_SPANS:
         place = row * spans
-        state = state_between(state, span_states, totals, place, span, 1, DIM, VALUE_DIM, DECAYS)
+        state = state_between(
+            state, span_states, span_decays, place, span, 1, DIM, VALUE_DIM, DECAYS
+        )
 
     chunk_count = tl.minimum(span_chunks, chunks - first)
     for _ in range(chunk_count):
-        within, rests, from_start, to_end, total = load_decays(decays, DECAYS, CHUNK, PRODUCT)
+        coarse, rest, from_start, to_end, total = load_decays(decays, DECAYS, CHUNK, PRODUCT)
         count = length - first * CHUNK  # of tokens left
         if SAVE:
             store_rows(chunk_states, DIM, VALUE_DIM, state, DIM, VALUE_BLOCK, BLOCK)
@@ -92,7 +94,7 @@ def forward_kernel(
         v = k
         if not SAME:
             v = load_rows(value, value_stride, count, VALUE_DIM, CHUNK, VALUE_BLOCK).to(PRODUCT)
-        A = scores(q, k, within, rests, POWER, DECAYS, PRECISION)
+        A = scores(q, k, coarse, rest, POWER, DECAYS, PRECISION)
         o = mix(A, v, q, state, from_start, POWER, DECAYS, WIDE, PRECISION)
         store_rows(output, heads * VALUE_DIM, count, o, VALUE_DIM, CHUNK, VALUE_BLOCK)
         state = advance(state, v, k, to_end, total, POWER, DECAYS, PRECISION)

@@ -59,13 +59,13 @@ def backward(plan, pass_, entering, add_query, add_key, leaving):
 
 
 @_cached
-def spans(plan, pass_, reverse):
+def span_states(plan, pass_, reverse):
     """Gives the states of spans and the decays over them."""
     constants: dict[str, Any] = {"REVERSE": reverse}
     if reverse:  # the queries, and the gradients of outputs
         constants |= {"KEY_GROUP": 1, "VALUE_GROUP": 1, "SAME": False}
-    totals = ((plan.rows, plan.spans), "float32") if plan.decays else None
-    outputs = (plan.state(pass_, plan.spans), totals)
+    span_decays = ((plan.rows, plan.spans), "float32") if plan.decays else None
+    outputs = (plan.state(pass_, plan.spans), span_decays)
     return _of_pass(span_kernel, plan, pass_, outputs, **constants)
 
 
@@ -92,7 +92,7 @@ def _of_pass(kernel, plan, pass_, outputs, **constants):
     constants["PRODUCT"] = getattr(tl, plan.product_dtype)
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     grid = (plan.rows * plan.spans,)
-    numbers = (plan.length, plan.heads, plan.spans, plan.chunks_of_span)
+    numbers = (plan.length, plan.heads, plan.spans, plan.span_chunks)
     options = plan.options(pass_, backward=kernel is backward_kernel)
     return Launch(kernel, grid, numbers, tuple(outputs), constants, options)
 

@@ -11,7 +11,7 @@ from keras_hla.kernels.passes import Pass
 _ROWS = 96
 _PROGRAMS = 256
 # Chunks that a span has at least, as each span costs its states.
-_SPAN_CHUNKS = 8
+_FEWEST_SPAN_CHUNKS = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # each is one of `plan_of`
@@ -40,10 +40,10 @@ class Plan:
 
     def options(self, pass_, backward):
         """How a kernel is compiled. Four warps hold a state of 64 x 64, eight one of 128 x 128."""
-        wide, stages = self._wide(pass_), 1
+        wide, num_stages = self._wide(pass_), 1
         if self.product_dtype == "bfloat16":
-            stages = 3 if not wide else 1 if backward else 2
-        return {"num_warps": 8 if wide else 4, "num_stages": stages}
+            num_stages = 3 if not wide else 1 if backward else 2
+        return {"num_warps": 8 if wide else 4, "num_stages": num_stages}
 
     def _wide(self, pass_):
         return max(self._dims[pass_.key], self._dims[pass_.value]) > 64
@@ -57,15 +57,15 @@ class Plan:
         return -(-self.length // self.chunk)
 
     @functools.cached_property
-    def chunks_of_span(self):
+    def span_chunks(self):
         spans = max(1, _PROGRAMS // self.rows)
         if self.rows >= _ROWS:
             spans = 1
-        return max(_SPAN_CHUNKS, -(-self.chunks // spans))
+        return max(_FEWEST_SPAN_CHUNKS, -(-self.chunks // spans))
 
     @functools.cached_property
     def spans(self):
-        return -(-self.chunks // self.chunks_of_span)
+        return -(-self.chunks // self.span_chunks)
 
     @functools.cached_property
     def product_dtype(self):
@@ -101,10 +101,10 @@ class Plan:
             "BLOCK": _block(dim),
             "VALUE_BLOCK": _block(value_dim),
             "SAME": pass_.key == pass_.value,
-            "SPANS": self.spans > 1,
+            "SEVERAL_SPANS": self.spans > 1,
             "DECAYS": self.decays,
             "WIDE": self._wide(pass_),
-            # With decays close tokens count for most, which states, kept in float32, do not hold.
+            # With decays close tokens weigh most, which states, kept in float32, do not hold.
             "REFINE": self.decays and not self._wide(pass_),
             "PRECISION": "tf32x3",  # of products of float32; others are exact
         }

@@ -20,15 +20,15 @@ NUMBERS = ("length", "heads", "span_chunks")
 
 
 @triton.jit
-def scores(x, y, sums, rests, POWER: tl.constexpr, DECAYS: tl.constexpr, PRECISION: tl.constexpr):
+def scores(x, y, coarse, rest, POWER: tl.constexpr, DECAYS: tl.constexpr, PRECISION: tl.constexpr):
     """`X Yᵀ` times the weights, `(tokens, tokens)`; the rows read the columns."""
     product = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     index = tl.arange(0, x.shape[0])
     past = index[:, None] >= index[None, :]
     if DECAYS:
-        exponent = sums[:, None] - sums[None, :]
+        exponent = coarse[:, None] - coarse[None, :]
         if x.dtype == tl.float32:
-            exponent += rests[:, None] - rests[None, :]
+            exponent += rest[:, None] - rest[None, :]
         product *= tl.exp2(POWER * 1.4426950408889634 * tl.minimum(exponent, 0.0))
     return tl.where(past, product, 0.0)
 
@@ -67,7 +67,7 @@ def _times(x, y, added, RIGHT: tl.constexpr, PRECISION: tl.constexpr):
     """`X Y + added`, or if `RIGHT` `Y X + added`.
 
     What an `x` of float32 loses when it is cut to bfloat16, the dtype of `y`, is taken in by a
-    product of its own.
+    second product.
     """
     if x.dtype == y.dtype:
         return _product(x, y, added, RIGHT, PRECISION)
@@ -145,16 +145,16 @@ def at_token(tensor, token, head, heads, GROUP: tl.constexpr, DIM: tl.constexpr)
 @triton.jit
 def load_decays(start, DECAYS: tl.constexpr, CHUNK: tl.constexpr, PRODUCT: tl.constexpr):
     """The sums `b_t` in two parts; `exp(b_t)`, `exp(b_c - b_t)`, `exp(b_c)`: see `decay_kernel`."""
-    sums, rests, from_start, to_end, total = 0.0, 0.0, 0.0, 0.0, 0.0
+    coarse, rest, from_start, to_end, total = 0.0, 0.0, 0.0, 0.0, 0.0
     if DECAYS:
         index = tl.arange(0, CHUNK)
-        sums = tl.load(start + index)
+        coarse = tl.load(start + index)
         if PRODUCT is tl.float32:
-            rests = tl.load(start + CHUNK + index)
+            rest = tl.load(start + CHUNK + index)
         from_start = tl.load(start + 2 * CHUNK + index)
         to_end = tl.load(start + 3 * CHUNK + index)
         total = tl.load(start + 3 * CHUNK - 1)
-    return sums, rests, from_start, to_end, total
+    return coarse, rest, from_start, to_end, total
 
 
 @triton.jit

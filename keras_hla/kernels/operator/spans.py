@@ -28,7 +28,7 @@ def span_kernel(
     span_chunks,
     # outputs
     span_states,
-    totals,
+    span_decays,
     # known when compiled
     POWER: tl.constexpr,
     KEY_GROUP: tl.constexpr,
@@ -87,14 +87,14 @@ def span_kernel(
     start = span_states + program.to(tl.int64) * DIM * VALUE_DIM
     store_rows(start, DIM, VALUE_DIM, state, DIM, VALUE_BLOCK, BLOCK)
     if DECAYS:
-        tl.store(totals + program, decay)
+        tl.store(span_decays + program, decay)
 
 
 @triton.jit
 def state_between(
     state,
     span_states,
-    totals,
+    span_decays,
     place,
     count,
     step,
@@ -108,7 +108,7 @@ def state_between(
     """
     for _ in range(count):
         if DECAYS:
-            state *= tl.load(totals + place)
+            state *= tl.load(span_decays + place)
         start = span_states + place * DIM * VALUE_DIM
         state += load_rows(start, DIM, VALUE_DIM, DIM, state.shape[0], state.shape[1])
         place += step

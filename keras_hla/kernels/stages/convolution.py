@@ -1,36 +1,37 @@
 """The short convolution, in Triton: `keras_hla.stages.convolve`."""
 
 import functools
+import math
 
-from keras import ops
 import triton
 import triton.language as tl
 
 from keras_hla.kernels.launching import KernelFunction, Launch
-from keras_hla.kernels.stages.tiles import block_of, dtype_of, silu, silu_gradient
+from keras_hla.kernels.stages.tiles import block_of, dtype_of, like, silu, silu_gradient
 
 _TOKENS, _FEATURES = 64, 64  # of a tile
 
 
 @triton.jit
-def _mix(
+def mix(
     x,
     kernel,
     segments,
     token,
     feature,
+    end,
     length,
     FEATURES: tl.constexpr,
     SIZE: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """`Σ_i w_i ⊙ x_{t-n+1+i}` for a tile of tokens, zero beyond the length."""
+    """`Σ_i w_i ⊙ x_{t-n+1+i}` for a tile of tokens and features up to `end`, else zero."""
     total = tl.zeros((token.shape[0], feature.shape[0]), tl.float32)
     for i in tl.static_range(SIZE):
         tap = load_token(
-            x, segments, token, token - (SIZE - 1 - i), feature, length, FEATURES, SEGMENTS
+            x, segments, token, token - (SIZE - 1 - i), feature, end, length, FEATURES, SEGMENTS
         )
-        w = tl.load(kernel + i * FEATURES + feature, mask=feature < FEATURES, other=0.0)
+        w = tl.load(kernel + i * FEATURES + feature, mask=feature < end, other=0.0)
         total += w[None, :].to(tl.float32) * tap
     return total
 
@@ -42,6 +43,7 @@ def load_token(
     token,
     source,
     feature,
+    end,
     length,
     FEATURES: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -51,7 +53,7 @@ def load_token(
     if SEGMENTS:
         own = tl.load(segments + token, mask=inside, other=0)
         inside = inside & (tl.load(segments + source, mask=inside, other=0) == own)
-    mask = inside[:, None] & (feature < FEATURES)[None, :]
+    mask = inside[:, None] & (feature < end)[None, :]
     return tl.load(x + (source[:, None] * FEATURES + feature[None, :]), mask=mask, other=0.0).to(
         tl.float32
     )
@@ -86,7 +88,7 @@ def convolution_kernel(
     row, token, feature, _ = _locate(length, FEATURES, TOKENS, BLOCK)
     x += row * length * FEATURES
     segments += row * length
-    y = _mix(x, kernel, segments, token, feature, length, FEATURES, SIZE, SEGMENTS)
+    y = mix(x, kernel, segments, token, feature, FEATURES, length, FEATURES, SIZE, SEGMENTS)
     if SILU:
         y = silu(y)
     mask = (token < length)[:, None] & (feature < FEATURES)[None, :]
@@ -122,9 +124,13 @@ def convolution_gradient_kernel(
     total = tl.zeros((TOKENS, BLOCK), tl.float32)
     for j in tl.static_range(SIZE):
         reader = token + j
-        g = load_token(gradient, segments, token, reader, feature, length, FEATURES, SEGMENTS)
+        g = load_token(
+            gradient, segments, token, reader, feature, FEATURES, length, FEATURES, SEGMENTS
+        )
         if SILU:
-            y = _mix(x, kernel, segments, reader, feature, length, FEATURES, SIZE, SEGMENTS)
+            y = mix(
+                x, kernel, segments, reader, feature, FEATURES, length, FEATURES, SIZE, SEGMENTS
+            )
             g *= silu_gradient(y)
         w = tl.load(
             kernel + (SIZE - 1 - j) * FEATURES + feature, mask=feature < FEATURES, other=0.0
@@ -133,7 +139,9 @@ def convolution_gradient_kernel(
         if j == 0:
             for i in tl.static_range(SIZE):
                 source = token - (SIZE - 1 - i)
-                tap = load_token(x, segments, token, source, feature, length, FEATURES, SEGMENTS)
+                tap = load_token(
+                    x, segments, token, source, feature, FEATURES, length, FEATURES, SEGMENTS
+                )
                 place = dkernel + (tile * SIZE + i) * FEATURES + feature
                 tl.store(place, tl.sum(g * tap, 0), mask=feature < FEATURES)
     mask = (token < length)[:, None] & (feature < FEATURES)[None, :]
@@ -143,7 +151,8 @@ def convolution_gradient_kernel(
 
 @functools.lru_cache(maxsize=256)
 def _launch(shape, dtype, size, segments, is_silu, backward):
-    batch, length, features = shape
+    batch, length, *features = shape
+    features = math.prod(features)
     block = block_of(features, _FEATURES)
     tiles = batch * -(-length // _TOKENS)
     outputs = [(shape, dtype)]
@@ -178,7 +187,7 @@ def _gradients(run, options, tensors, saved, results, wanted):
     dx, dkernel = run(launch, (x, kernel, segments, *results))
     found = {"x": dx}
     if "kernel" in wanted:
-        found["kernel"] = ops.cast(ops.sum(dkernel, axis=0), dtype_of(kernel))
+        found["kernel"] = like(dkernel.sum(0), kernel)
     return found
 
 

@@ -12,7 +12,7 @@ from keras_hla.kernels.stages.tiles import dtype_of, silu, silu_gradient
 _ELEMENTS = 2048  # of a program
 
 
-@triton.jit(do_not_specialize=("count",))
+@triton.jit  # for a count of a multiple of 16, where loads are of vectors, and others
 def gate_kernel(x, gates, count, output, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x + place, mask=place < count).to(tl.float32)
@@ -20,7 +20,7 @@ def gate_kernel(x, gates, count, output, BLOCK: tl.constexpr):
     tl.store(output + place, (silu(g) * x).to(output.dtype.element_ty), mask=place < count)
 
 
-@triton.jit(do_not_specialize=("count",))
+@triton.jit  # for a count of a multiple of 16, where loads are of vectors, and others
 def gate_gradient_kernel(x, gates, gradient, count, dx, dgates, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x + place, mask=place < count).to(tl.float32)

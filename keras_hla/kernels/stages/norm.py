@@ -3,12 +3,11 @@
 import functools
 import math
 
-from keras import ops
 import triton
 import triton.language as tl
 
 from keras_hla.kernels.launching import KernelFunction, Launch
-from keras_hla.kernels.stages.tiles import block_of, dtype_of, rows_of
+from keras_hla.kernels.stages.tiles import block_of, dtype_of, like, rows_of
 
 
 @triton.jit
@@ -95,7 +94,7 @@ def _gradients(run, options, tensors, saved, results, wanted):
     dx, dscale = run(launch, (x, scale, *results))
     found = {"x": dx}
     if "scale" in wanted:
-        found["scale"] = ops.cast(ops.sum(dscale, axis=0), dtype_of(scale))
+        found["scale"] = like(dscale.sum(0), scale)
     return found
 
 

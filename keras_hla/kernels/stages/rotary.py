@@ -84,4 +84,4 @@ def _shapes(options, tensors, save):
 
 
 #: Options: the scale. Tensors: `x`; `cos` and `sin`, which have no gradients.
-ROTARY = KernelFunction("rotary", _evaluate, _gradients, _shapes)
+ROTARY = KernelFunction("rotary", _evaluate, _gradients, _shapes, reads=("cos", "sin"))

@@ -1,9 +1,10 @@
 """What the kernels of stages share, in Triton: tiles of tokens and features, and activations."""
 
+from keras import ops
 import triton
 import triton.language as tl
 
-# Bytes that a program holds of each of its tensors in float32: what fits the registers.
+# Elements that a program holds of each of its tensors, in float32: what fits the registers.
 _ELEMENTS = 4096
 
 
@@ -26,6 +27,11 @@ def block_of(size, largest=1024):
 def rows_of(block):
     """How many rows of `block` features a program takes in."""
     return max(1, _ELEMENTS // block)
+
+
+def like(x, other):
+    """A tensor in the dtype of another one."""
+    return x if x.dtype == other.dtype else ops.cast(x, other.dtype)
 
 
 def dtype_of(x):

@@ -14,8 +14,8 @@ from keras_hla.ops.segment import check_segments, operator_of, segment
 def summarize(query, key, value, operator="hla2", log_decay=None):
     """All that the tokens of a segment tell the tokens after it.
 
-    Segments of any length can be summarized independently, on devices of their
-    own, and composed with `combine`. The first entries of a segment are the
+    Segments of any length can be summarized independently, on different
+    devices, and composed with `combine`. The first entries of a segment are the
     operator's states after its last token, from zero: what
     `higher_order_attention` takes as `initial_state` for the tokens after it.
 

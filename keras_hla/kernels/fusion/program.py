@@ -1,0 +1,170 @@
+"""A sequence of stages as one function of PyTorch, with the gradients of each in reverse."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from keras_hla.kernels.launching.torch_launcher import as_kernels_take_it, refuse_second_gradients
+from keras_hla.kernels.launching.torch_launcher import run as run_kernel
+
+
+class Stage(NamedTuple):
+    """One function of tensors that have numbers.
+
+    `function` has `evaluate`, `gradients` and `reads` as a `KernelFunction` has. `tensors` are
+    pairs of the name of an argument and the number of a tensor; `results` are numbers.
+
+    The gradients of later stages read results. Where these are cheap to compute again they are
+    not kept until then, if `recompute`.
+    """
+
+    function: Any
+    tensors: tuple
+    results: tuple
+    options: tuple = ()
+    recompute: bool = False
+
+
+class Program:
+    """Evaluates stages in order, and gives the one result of the last, differentiably.
+
+    Args:
+        stages: tuple of `Stage`s.
+        variables: dictionary of the `keras.Variable`s that they read, by number.
+        inputs: dictionary of the numbers of the other tensors that they read, by name.
+    """
+
+    def __init__(self, stages, variables, inputs):
+        self.stages = stages
+        self.result = stages[-1].results[0]
+        self._variables = variables
+        self._inputs = inputs
+        self._makers = {number: stage for stage in stages for number in stage.results}
+        self._of_stages = _lives(stages)
+        self._needed = functools.cache(self._find_needed)
+
+    def __call__(self, **inputs):
+        """The result for the inputs, of which there may be more."""
+        tensors = {number: x.value for number, x in self._variables.items()}
+        tensors |= {number: inputs[name] for name, number in self._inputs.items()}
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
+            return _Fused.apply(self, tuple(tensors), *tensors.values())
+        tensors = {number: as_kernels_take_it(x) for number, x in tensors.items()}
+        return self.evaluate(tensors, False)[0]
+
+    def evaluate(self, tensors, save):
+        """The result; and if `save` the values that gradients read, and what stages save."""
+        values, kept, saved = dict(tensors), {}, []
+        for stage, (dropped, is_kept) in zip(self.stages, self._of_stages, strict=True):
+            own = _evaluate(stage, values, save)
+            if save:
+                saved.append(own)
+                for number in is_kept:
+                    kept[number] = values[number]
+            for number in dropped:
+                values.pop(number, None)
+        return values[self.result], kept, saved
+
+    def gradients(self, values, saved, gradient, wanted):
+        """The gradients of the wanted tensors, by number.
+
+        Args:
+            values: dictionary of the tensors, and of what `evaluate` kept.
+            saved: as `evaluate` returns it.
+            gradient: that of the result.
+            wanted: tuple of numbers.
+        """
+        found = {self.result: gradient}
+        for stage, own, arguments in zip(
+            reversed(self.stages), reversed(saved), self._needed(wanted), strict=True
+        ):
+            of_results = tuple(found.pop(number, None) for number in stage.results)
+            for number in stage.results:  # which no stage reads from here on
+                values.pop(number, None)
+            if not arguments or all(x is None for x in of_results):
+                continue
+            for number in _read(stage):
+                self._recompute(number, values)
+            given = {name: values[x] for name, x in stage.tensors if x in values}
+            some = stage.function.gradients(
+                run_kernel, stage.options, given, own, of_results, arguments
+            )
+            for name, number in arguments.items():
+                x = some.get(name)
+                if x is not None:
+                    found[number] = found[number] + x if number in found else x
+        return found
+
+    def _recompute(self, number, values):
+        """Adds a value that was not kept, and those that it is made of."""
+        if number in values or number not in self._makers:
+            return
+        stage = self._makers[number]
+        for _, other in stage.tensors:
+            self._recompute(other, values)
+        _evaluate(stage, values, False)
+
+    def _find_needed(self, wanted):
+        """The arguments of each stage, the last first, that have gradients, and their numbers."""
+        needed = set(wanted)
+        for stage in self.stages:
+            if any(number in needed for _, number in stage.tensors):
+                needed.update(stage.results)
+        return [
+            {name: number for name, number in stage.tensors if number in needed}
+            for stage in reversed(self.stages)
+        ]
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, program, numbers, *tensors):
+        tensors = list(map(as_kernels_take_it, tensors))
+        result, kept, saved = program.evaluate(dict(zip(numbers, tensors, strict=True)), True)
+        ctx.program, ctx.numbers, ctx.kept = program, numbers, tuple(kept)
+        ctx.counts = [len(x) for x in saved]
+        ctx.save_for_backward(*tensors, *kept.values(), *(x for some in saved for x in some))
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch.is_grad_enabled():  # with `create_graph=True`
+            refuse_second_gradients()
+        tensors = iter(ctx.saved_tensors)
+        values = {number: next(tensors) for number in (*ctx.numbers, *ctx.kept)}
+        saved = [tuple(next(tensors) for _ in range(count)) for count in ctx.counts]
+        wanted = tuple(x for x, n in zip(ctx.numbers, ctx.needs_input_grad[2:], strict=True) if n)
+        found = ctx.program.gradients(values, saved, as_kernels_take_it(gradient), wanted)
+        return None, None, *map(found.get, ctx.numbers)
+
+
+def _evaluate(stage, values, save):
+    """Adds the results of a stage to the values, and returns what it saves."""
+    given = {name: values[number] for name, number in stage.tensors if number in values}
+    results, saved = stage.function.evaluate(run_kernel, stage.options, given, save)
+    values.update(zip(stage.results, results, strict=True))
+    return saved
+
+
+def _read(stage):
+    """The numbers of the tensors that the gradients of a stage read."""
+    reads = stage.function.reads
+    return [number for name, number in stage.tensors if reads is None or name in reads]
+
+
+def _lives(stages):
+    """For each stage, the values that no later one reads, and those of its results to be kept."""
+    read = {number for stage in stages for number in _read(stage)}
+    for stage in reversed(stages):
+        if stage.recompute and read.intersection(stage.results):
+            read.update(number for _, number in stage.tensors)
+    last = {number: i for i, stage in enumerate(stages) for _, number in stage.tensors}
+    made = {number for stage in stages for number in stage.results}
+    return [
+        (
+            tuple(number for number in made if last.get(number) == i),
+            () if stage.recompute else tuple(read.intersection(stage.results)),
+        )
+        for i, stage in enumerate(stages)
+    ]

@@ -1,0 +1,128 @@
+"""Stages that are noted as they are called, and evaluated together."""
+
+from keras_hla.kernels.fusion import functions
+from keras_hla.kernels.fusion.program import Program, Stage
+from keras_hla.kernels.operator.chain import ATTENTION
+from keras_hla.kernels.passes import passes_of
+from keras_hla.kernels.stages.gate import GATE
+from keras_hla.kernels.stages.norm import NORM
+from keras_hla.kernels.stages.operands import OPERANDS
+from keras_hla.kernels.stages.rotary import ROTARY
+
+
+class Recorder:
+    """Each method notes a stage of `keras_hla.stages`, and returns what stands for its result."""
+
+    def __init__(self):
+        self._stages = []
+        self._variables = {}
+        self._inputs = {}
+        self._count = 0
+
+    def input(self, name):
+        """What stands for a tensor that a `Program` is called with."""
+        (self._inputs[name],) = self._numbers(1)
+        return self._inputs[name]
+
+    def variable(self, x):
+        """What stands for a `keras.Variable`; `None` for `None`."""
+        if x is None:
+            return None
+        (number,) = self._numbers(1)
+        self._variables[number] = x
+        return number
+
+    def program(self):
+        """The `Program` of all stages, whose result is that of the last."""
+        return Program(tuple(self._stages), self._variables, self._inputs)
+
+    def project(self, x, *projections):
+        """The products of `x` with the weights of `Dense` layers.
+
+        Args:
+            x: stands for a tensor `(batch, length, ...)`.
+            *projections: pairs of a `Dense` and the shape of the features of its result.
+        """
+        read = {"x": x}
+        for i, (dense, _) in enumerate(projections):
+            read |= {
+                f"kernel{i}": self.variable(dense.kernel),
+                f"bias{i}": self.variable(dense.bias),
+            }
+        shapes = tuple(tuple(shape) for _, shape in projections)
+        return self._note(functions.PROJECT, read, shapes, count=len(projections))
+
+    def project_together(self, x, *denses):
+        """The products of `x` with the weights of `Dense` layers, in one tensor."""
+        read = {"x": x}
+        for i, dense in enumerate(denses):
+            read |= {
+                f"kernel{i}": self.variable(dense.kernel),
+                f"bias{i}": self.variable(dense.bias),
+            }
+        (result,) = self._note(functions.PROJECT_TOGETHER, read, (len(denses),))
+        return result
+
+    def operands(self, x, heads, dims, scale=1.0, convolution=None, segments=None, angles=None):
+        """Queries, keys and values from their projections in one tensor.
+
+        Args:
+            x: stands for the projections.
+            heads: number of heads of queries, and of keys and values.
+            dims: size of a key and of a value.
+            scale: factor of the queries.
+            convolution: a `ShortConvolution`, or `None`.
+            segments: stands for the number of the segment of each token, or `None`.
+            angles: what stands for cosines and sines, or `None`.
+        """
+        read, is_silu = {"x": x, "segments": segments}, False
+        if convolution is not None:
+            read["kernel"] = self.variable(convolution.kernel)
+            is_silu = convolution.activation is not None
+        if angles is not None:
+            read["cos"], read["sin"] = angles
+        return self._note(OPERANDS, read, (is_silu, scale, *heads, *dims), count=3)
+
+    def rms_norm(self, x, norm, recompute=False):
+        read = {"x": x, "scale": self.variable(norm.scale)}
+        (result,) = self._note(NORM, read, (norm.epsilon,), recompute=recompute)
+        return result
+
+    def rotate(self, x, cos, sin, scale=1.0):
+        (result,) = self._note(ROTARY, {"x": x, "cos": cos, "sin": sin}, (scale,))
+        return result
+
+    def scale(self, x, scale):
+        (result,) = self._note(functions.SCALE, {"x": x}, (scale,))
+        return result
+
+    def log_decay(self, x, dense, least, starts):
+        """`log sigmoid` of a projection, no less than `least`, which it is at `starts`."""
+        read = {"x": x, "kernel": self.variable(dense.kernel), "bias": self.variable(dense.bias)}
+        read["starts"] = starts
+        (result,) = self._note(functions.LOG_DECAY, read, (least,))
+        return result
+
+    def attend(self, operator, query, key, value, log_decay):
+        """The output of an operator, from zero states."""
+        read = {"query": query, "key": key, "value": value, "log_decay": log_decay}
+        (result,) = self._note(ATTENTION, read, (passes_of(operator), False))
+        return result
+
+    def gate(self, x, gates):
+        (result,) = self._note(GATE, {"x": x, "gates": gates}, recompute=True)
+        return result
+
+    def add(self, x, y):
+        (result,) = self._note(functions.ADD, {"x": x, "y": y})
+        return result
+
+    def _note(self, function, read, options=(), count=1, recompute=False):
+        read = tuple((name, number) for name, number in read.items() if number is not None)
+        results = self._numbers(count)
+        self._stages.append(Stage(function, read, results, options, recompute))
+        return results
+
+    def _numbers(self, count):
+        self._count += count
+        return tuple(range(self._count - count, self._count))

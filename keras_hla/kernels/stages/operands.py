@@ -1,0 +1,359 @@
+"""From joint projections to queries, keys and values, in Triton.
+
+Convolution, activation, scale and rotation, as in `keras_hla.stages`, with one reading of the
+projections and one writing.
+"""
+
+import functools
+
+import triton
+import triton.language as tl
+
+from keras_hla.kernels.device import interpreted
+from keras_hla.kernels.launching import KernelFunction, Launch
+from keras_hla.kernels.stages.convolution import load_token, mix
+from keras_hla.kernels.stages.tiles import block_of, dtype_of, like, silu, silu_gradient
+
+# Of a tile, and its warps: fewer tokens have shorter products, that move rows, in the gradient.
+_TOKENS, _WARPS = 32, 2
+
+
+@triton.jit
+def _locate(
+    length,
+    query,
+    key,
+    value,
+    SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """Where a program is: its tile and sequence, its first token, and its head.
+
+    Of that, the feature of the projections at which it starts, where it is in the tensor of
+    queries, keys or values, how far it is from token to token there, its size, the factor of its
+    features, and how many pairs of them turn.
+    """
+    heads = HEADS + 2 * KEY_HEADS
+    program = tl.program_id(0)
+    head = program % heads
+    tile = (program // heads).to(tl.int64)
+    tiles = tl.cdiv(length, TOKENS - SIZE + 1)
+    row = tile // tiles
+    token = (tile % tiles).to(tl.int32) * (TOKENS - SIZE + 1)
+    of_query, of_value = head < HEADS, head >= HEADS + KEY_HEADS
+    before = tl.where(of_query, 0, tl.where(of_value, HEADS + KEY_HEADS, HEADS))
+    dim = tl.where(of_value, VALUE_DIM, DIM)
+    stride = tl.where(of_query, HEADS, KEY_HEADS) * dim
+    start = before * DIM + (head - before) * dim
+    place = tl.where(of_query, query, tl.where(of_value, value, key))
+    place += row * length * stride + (head - before) * dim
+    factor = tl.where(of_query, SCALE, 1.0)
+    turned = tl.where(of_value, 0, DIM // 2)
+    return tile, row, token, start, place, stride, dim, factor, turned
+
+
+@triton.jit
+def _load_angles(
+    cos,
+    sin,
+    row,
+    token,
+    column,
+    half,
+    length,
+    factor,
+    turned,
+    ROTATE: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Cosines and sines times the factor; where nothing turns, that of an angle of zero."""
+    c, s = factor, 0.0
+    if ROTATE:
+        start = token if SHARED else row * length + token
+        place = start[:, None] * half + column[None, :]
+        inside = (token < length)[:, None] & (column < turned)[None, :]
+        c = factor * tl.load(cos + place, mask=inside, other=1.0)
+        s = factor * tl.load(sin + place, mask=inside, other=0.0)
+    return c, s
+
+
+@triton.jit(do_not_specialize=("length",))
+def operands_kernel(
+    x,
+    kernel,
+    segments,
+    cos,
+    sin,
+    length,
+    query,
+    key,
+    value,
+    CONVOLVE: tl.constexpr,
+    SIZE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SILU: tl.constexpr,
+    ROTATE: tl.constexpr,
+    SHARED: tl.constexpr,
+    SCALE: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    features = HEADS * DIM + KEY_HEADS * (DIM + VALUE_DIM)
+    _, row, token, start, place, stride, dim, factor, turned = _locate(
+        length, query, key, value, 1, HEADS, KEY_HEADS, DIM, VALUE_DIM, TOKENS, SCALE
+    )
+    x += row * length * features
+    segments += row * length
+    token += tl.arange(0, TOKENS)
+    column, half = tl.arange(0, BLOCK), (dim + 1) // 2
+    # Each half of the features, of which the second may have one less.
+    first, second = start + column, start + half + column
+    end = start + half, start + dim
+    if CONVOLVE:
+        a = mix(x, kernel, segments, token, first, end[0], length, features, SIZE, SEGMENTS)
+        b = mix(x, kernel, segments, token, second, end[1], length, features, SIZE, SEGMENTS)
+        if SILU:
+            a, b = silu(a), silu(b)
+    else:
+        a = load_token(x, segments, token, token, first, end[0], length, features, False)
+        b = load_token(x, segments, token, token, second, end[1], length, features, False)
+    c, s = _load_angles(cos, sin, row, token, column, half, length, factor, turned, ROTATE, SHARED)
+    place += token.to(tl.int64)[:, None] * stride + column[None, :]
+    inside = (token < length)[:, None]
+    dtype = query.dtype.element_ty
+    tl.store(place, (a * c - b * s).to(dtype), mask=inside & (column < half)[None, :])
+    tl.store(place + half, (b * c + a * s).to(dtype), mask=inside & (column < dim - half)[None, :])
+
+
+@triton.jit(do_not_specialize=("length",))
+def operands_gradient_kernel(
+    x,
+    kernel,
+    segments,
+    cos,
+    sin,
+    dquery,
+    dkey,
+    dvalue,
+    length,
+    dx,
+    dkernel,
+    CONVOLVE: tl.constexpr,
+    SIZE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SILU: tl.constexpr,
+    ROTATE: tl.constexpr,
+    SHARED: tl.constexpr,
+    SCALE: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    """The gradient of the projections, and for each tile of tokens that of the kernel.
+
+    The last `SIZE - 1` tokens of a tile are read by those before, and have their place in the next.
+    """
+    features = HEADS * DIM + KEY_HEADS * (DIM + VALUE_DIM)
+    tile, row, token, start, place, stride, dim, factor, turned = _locate(
+        length, dquery, dkey, dvalue, SIZE, HEADS, KEY_HEADS, DIM, VALUE_DIM, TOKENS, SCALE
+    )
+    x += row * length * features
+    segments += row * length
+    token += tl.arange(0, TOKENS)
+    column, half = tl.arange(0, BLOCK), (dim + 1) // 2
+    first, second = start + column, start + half + column
+    end = start + half, start + dim
+    c, s = _load_angles(cos, sin, row, token, column, half, length, factor, turned, ROTATE, SHARED)
+    place += token.to(tl.int64)[:, None] * stride + column[None, :]
+    inside = (token < length)[:, None]
+    ga = tl.load(place, mask=inside & (column < half)[None, :], other=0.0).to(tl.float32)
+    gb = tl.load(place + half, mask=inside & (column < dim - half)[None, :], other=0.0)
+    gb = gb.to(tl.float32)
+    ga, gb = ga * c + gb * s, gb * c - ga * s
+    own = tl.arange(0, TOKENS) < TOKENS - SIZE + 1
+    if CONVOLVE:
+        if SILU:
+            a = mix(x, kernel, segments, token, first, end[0], length, features, SIZE, SEGMENTS)
+            b = mix(x, kernel, segments, token, second, end[1], length, features, SIZE, SEGMENTS)
+            ga, gb = ga * silu_gradient(a), gb * silu_gradient(b)
+        dkernel += tile * SIZE * features
+        _kernel_gradient(
+            ga, x, segments, token, first, end[0], own, length, dkernel, features, SIZE, SEGMENTS
+        )
+        _kernel_gradient(
+            gb, x, segments, token, second, end[1], own, length, dkernel, features, SIZE, SEGMENTS
+        )
+        ga, gb = _gather(
+            ga,
+            gb,
+            kernel,
+            segments,
+            token,
+            first,
+            second,
+            end,
+            length,
+            features,
+            SIZE,
+            SEGMENTS,
+            PRODUCT,
+        )
+    dx += row * length * features
+    inside = inside & own[:, None]
+    tokens = token[:, None] * features
+    dtype = dx.dtype.element_ty
+    tl.store(dx + tokens + first[None, :], ga.to(dtype), mask=inside & (first < end[0])[None, :])
+    tl.store(dx + tokens + second[None, :], gb.to(dtype), mask=inside & (second < end[1])[None, :])
+
+
+@triton.jit
+def _kernel_gradient(
+    g,
+    x,
+    segments,
+    token,
+    feature,
+    end,
+    own,
+    length,
+    dkernel,
+    FEATURES: tl.constexpr,
+    SIZE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    g = tl.where(own[:, None], g, 0.0)
+    for i in tl.static_range(SIZE):
+        source = token - (SIZE - 1 - i)
+        tap = load_token(x, segments, token, source, feature, end, length, FEATURES, SEGMENTS)
+        tl.store(dkernel + i * FEATURES + feature, tl.sum(g * tap, 0), mask=feature < end)
+
+
+@triton.jit
+def _gather(
+    ga,
+    gb,
+    kernel,
+    segments,
+    token,
+    first,
+    second,
+    end,
+    length,
+    FEATURES: tl.constexpr,
+    SIZE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    """What tokens get from those of the tile that read them, for both halves of the features."""
+    index = tl.arange(0, token.shape[0])
+    da, db = tl.zeros(ga.shape, tl.float32), tl.zeros(gb.shape, tl.float32)
+    own = 0
+    if SEGMENTS:
+        own = tl.load(segments + token, mask=token < length, other=-1)
+    for j in tl.static_range(SIZE):
+        # Rows move up by j in a product with a matrix of zeros and ones, which is exact.
+        reads = index[None, :] == index[:, None] + j
+        if SEGMENTS:
+            reads = reads & (own[:, None] == own[None, :])
+        w = kernel + (SIZE - 1 - j) * FEATURES
+        wa = tl.load(w + first, mask=first < end[0], other=0.0).to(tl.float32)
+        wb = tl.load(w + second, mask=second < end[1], other=0.0).to(tl.float32)
+        da += wa[None, :] * _times(reads, ga, PRODUCT)
+        db += wb[None, :] * _times(reads, gb, PRODUCT)
+    return da, db
+
+
+@triton.jit
+def _times(reads, g, PRODUCT: tl.constexpr):
+    """The product with a matrix of zeros and ones, more accurate than a `g` in bfloat16."""
+    if tl.float32 == PRODUCT:
+        return tl.dot(reads.to(tl.float32), g, input_precision="tf32x3")
+    else:
+        rounded = g.to(tl.bfloat16)
+        reads = reads.to(tl.bfloat16)
+        rest = (g - rounded.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(reads, rest, tl.dot(reads, rounded))
+
+
+@functools.lru_cache(maxsize=256)
+def _launch(shape, dtype, size, segments, shared, options, backward):
+    is_silu, scale, heads, key_heads, dim, value_dim = options
+    batch, length, features = shape
+    operands = [
+        ((batch, length, count, d), dtype)
+        for count, d in ((heads, dim), (key_heads, dim), (key_heads, value_dim))
+    ]
+    constants = {
+        "CONVOLVE": size is not None,
+        "SIZE": size or 1,
+        "SEGMENTS": segments and size is not None,
+        "SILU": is_silu,
+        "ROTATE": shared is not None,
+        "SHARED": bool(shared),
+        "SCALE": scale,
+        "HEADS": heads,
+        "KEY_HEADS": key_heads,
+        "DIM": dim,
+        "VALUE_DIM": value_dim,
+        "TOKENS": _TOKENS,
+        "BLOCK": block_of((max(dim, value_dim) + 1) // 2),
+    }
+    own = _TOKENS - (constants["SIZE"] - 1 if backward else 0)
+    tiles = batch * -(-length // own)
+    grid = (tiles * (heads + 2 * key_heads),)
+    warps = {"num_warps": _WARPS}
+    if not backward:
+        return Launch(operands_kernel, grid, (length,), tuple(operands), constants, warps)
+    partial = ((tiles, size, features), "float32") if size else None
+    exact = dtype != "bfloat16" or interpreted()  # as the interpreter multiplies no bfloat16
+    constants["PRODUCT"] = tl.float32 if exact else tl.bfloat16
+    outputs = ((shape, dtype), partial)
+    return Launch(operands_gradient_kernel, grid, (length,), outputs, constants, warps)
+
+
+def _arguments(options, tensors, backward):
+    """The launch and the inputs that both kernels have."""
+    x, kernel, segments, cos = (tensors.get(n) for n in ("x", "kernel", "segments", "cos"))
+    size = None if kernel is None else kernel.shape[0]
+    shared = None if cos is None else cos.shape[0] == 1
+    shape, dtype = tuple(x.shape), dtype_of(x)
+    launch = _launch(shape, dtype, size, segments is not None, shared, options, backward)
+    return launch, (x, kernel, segments, cos, tensors.get("sin"))
+
+
+def _evaluate(run, options, tensors, save):
+    launch, inputs = _arguments(options, tensors, backward=False)
+    return run(launch, inputs), ()
+
+
+def _gradients(run, options, tensors, saved, results, wanted):
+    launch, inputs = _arguments(options, tensors, backward=True)
+    dx, dkernel = run(launch, (*inputs, *results))
+    found = {"x": dx}
+    if "kernel" in wanted:
+        found["kernel"] = like(dkernel.sum(0), tensors["kernel"])
+    return found
+
+
+def _shapes(options, tensors, save):
+    launch, _ = _arguments(options, tensors, backward=False)
+    return launch.outputs, ()
+
+
+#: Options: whether the activation is `silu`, the factor of the queries, the numbers of heads of
+#: queries and of keys, the sizes of keys and of values. Tensors: `x`, `(batch, length, features)`;
+#: `kernel` and `segments`, of a convolution; `cos` and `sin`, of a rotation.
+OPERANDS = KernelFunction("operands", _evaluate, _gradients, _shapes)

@@ -1,0 +1,146 @@
+"""A layer's stages from the first token on as one function, under PyTorch on a GPU.
+
+One at a time the host takes longer to call them, with the layers and operations of Keras between
+them, than a GPU to compute them. What `HLACell` computes is said here a second time.
+"""
+
+import weakref
+
+import keras
+from keras.src.backend import AutocastScope  # which has no public name
+
+from keras_hla.backend.compiling import is_torch_compiling
+from keras_hla.inputs import arrange_log_decay
+from keras_hla.scan import least_log_decay
+from keras_hla.stages.rotary import rotation_from_start
+
+_programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of layers, segmented or not
+
+
+def why_not_fused(cell, denses):
+    """Why the stages of a cell are not one function, or `None` if they can be.
+
+    Args:
+        cell: an `HLACell`.
+        denses: the projections, those of the cell and what is computed together with it.
+    """
+    if keras.config.backend() != "torch":
+        return "the backend compiles whole layers"
+    if is_torch_compiling():
+        return "PyTorch compiles the layer"
+    activations = cell.conv_activation, cell.output_gate
+    if cell.feature_map or any(x not in (None, keras.activations.silu) for x in activations):
+        return "there is an activation that is not 'silu'"
+    for dense in denses:
+        if type(dense) is not keras.layers.Dense or dense.lora_enabled or dense.quantization_mode:
+            return f"layer '{dense.path}' is more than a product and a bias"
+    if cell.compute_dtype == "float16":
+        return "float16 overflows between stages"
+    return None
+
+
+def mix(layer, sequences, starts):
+    """The outputs of an `HLA` layer, before dropout, from its start.
+
+    Args:
+        layer: the layer.
+        sequences: tensor of shape `(batch, length, features)`, in the compute dtype.
+        starts: boolean tensor `(batch, length)`, true where a segment starts, or `None`.
+    """
+    return _run(layer, layer.cell, _record_mixer_alone, sequences, starts)
+
+
+def transform(block, sequences, starts):
+    """As `mix`, the outputs of an `HLADecoderBlock` without dropout."""
+    return _run(block, block.cell, _record_block, sequences, starts)
+
+
+def _run(layer, cell, record, sequences, starts):
+    with AutocastScope(None):  # as each stage casts, or does not
+        programs = _programs.setdefault(layer, {})
+        segmented = starts is not None
+        if segmented not in programs:
+            programs[segmented] = _program(layer, record, segmented)
+        return programs[segmented](**_inputs(cell, sequences, starts))
+
+
+def _program(layer, record, segmented):
+    from keras_hla.kernels.fusion import Recorder
+
+    recorder = Recorder()
+    starts = recorder.input("starts") if segmented else None
+    record(recorder, layer, recorder.input("sequences"), starts)
+    return recorder.program()
+
+
+def _inputs(cell, sequences, starts):
+    """The inputs of a program by name."""
+    inputs, length = {"sequences": sequences}, sequences.shape[1]
+    if starts is not None:
+        inputs |= {"starts": starts, "segments": starts.cumsum(1).int()}
+    if cell.rope_max_wavelength is not None:
+        inputs["cos"], inputs["sin"] = rotation_from_start(length, cell.turns, cell.state_dtype)
+    if cell.decay != "input":
+        log_decay = None if cell.decay is None else cell.log_decay(sequences)
+        log_decay = arrange_log_decay(log_decay, length, cell.state_dtype, None, starts)
+        inputs |= {} if log_decay is None else {"log_decay": log_decay}
+    return inputs
+
+
+def _record_mixer_alone(recorder, layer, x, starts):
+    _record_mixer(recorder, layer.cell, x, starts)
+
+
+def _record_block(recorder, block, x, starts):
+    """Notes the stages of a block."""
+    mixed = _record_mixer(recorder, block.cell, recorder.rms_norm(x, block.mixer_norm), starts)
+    x = recorder.add(x, mixed)
+    recorder.add(x, _record_mlp(recorder, block, recorder.rms_norm(x, block.mlp_norm)))
+
+
+def _record_mlp(recorder, block, x):
+    size = (block.gate_dense.units,)
+    gates, hidden = recorder.project(x, (block.gate_dense, size), (block.up_dense, size))
+    hidden = recorder.gate(hidden, gates)
+    (output,) = recorder.project(hidden, (block.down_dense, (block.down_dense.units,)))
+    return output
+
+
+def _record_mixer(recorder, cell, x, starts):
+    """Notes what an `HLA` layer makes of `x`, and returns what stands for the result."""
+    x_projected = recorder.project_together(x, cell.query_dense, cell.key_dense, cell.value_dense)
+    rotates, segments = cell.rope_max_wavelength is not None, None
+    angles = (recorder.input("cos"), recorder.input("sin")) if rotates else None
+    if cell.conv_kernel_size is not None and starts is not None:
+        segments = recorder.input("segments")
+    query, key, value = recorder.operands(
+        x_projected,
+        (cell.num_heads, cell.num_key_value_heads),
+        (cell.key_dim, cell.value_dim),
+        convolution=None if cell.conv_kernel_size is None else cell.conv,
+        segments=segments,
+        **({} if cell.qk_norm else {"scale": cell.scale, "angles": angles}),
+    )
+    if cell.qk_norm:
+        query = recorder.rms_norm(query, cell.query_norm)
+        key = recorder.rms_norm(key, cell.key_norm)
+        query = (
+            recorder.rotate(query, *angles, cell.scale)
+            if rotates
+            else recorder.scale(query, cell.scale)
+        )
+        key = recorder.rotate(key, *angles) if rotates else key
+    if cell.decay == "input":
+        least = least_log_decay(cell.state_dtype)
+        log_decay = recorder.log_decay(x, cell.log_decay.logit_dense, least, starts)
+    else:
+        given = cell.decay is not None or starts is not None
+        log_decay = recorder.input("log_decay") if given else None
+    output = recorder.attend(cell.operator, query, key, value, log_decay)
+    if cell.output_norm:
+        output = recorder.rms_norm(output, cell.norm, recompute=True)
+    if cell.output_gate is not None:
+        (gates,) = recorder.project(x, (cell.gate_dense, (cell.num_heads, cell.value_dim)))
+        output = recorder.gate(output, gates)
+    (output,) = recorder.project(output, (cell.output_dense, (cell.output_size,)))
+    return output
