@@ -3,6 +3,8 @@
 Without an optimizer. The width of the layer is heads times dim, that of the input as well.
 """
 
+import time
+
 import keras
 import numpy as np
 
@@ -10,6 +12,7 @@ from benchmarks import memory, runtime, timing, trainees
 from benchmarks.report import Row
 
 TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2, "float16": 5e-2}
+LONG = 5  # seconds, for a step that is compiled
 COLUMN = "training step"
 
 
@@ -52,11 +55,24 @@ def _checked(trainee, case, row):
     """The function to be timed and its arguments, unless the row says that it is wrong."""
     step = trainee.build(case)
     call, arguments = training_step(step, case, trainee.jit)
+    if trainee.jit == "on":
+        _compile(call, arguments)
     row.errors = step.check(call, arguments, trainee.jit)
     if not row.refuse(TOLERANCE[case.dtype]):
         step.announced.confirm(runtime.current().kernels(call, arguments))
         row.implementation = step.announced.text
     return call, arguments
+
+
+def _compile(call, arguments):
+    """Compiles a step, and refuses one that is compiled anew at each call, which takes minutes."""
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        runtime.current().time_calls(call, [arguments])
+        seconds.append(time.perf_counter() - begin)
+    if seconds[1] > max(LONG, seconds[0] / 5):
+        raise RuntimeError(f"compiled anew at each call, which takes {seconds[1]:.1f} s")
 
 
 def training_step(step, case, jit):

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import time
 
 import keras
 from keras import ops
@@ -217,6 +218,13 @@ def test_compiled_blocks(tmp_path, monkeypatch):
     assert main([*QUICK, *options, str(tmp_path)]) == 0
     (name,) = rows(tmp_path, "layers")
     assert name.endswith(", torch.compile")
+
+
+def test_steps_compiled_anew_are_refused(monkeypatch):
+    monkeypatch.setattr(layers, "LONG", 0)
+    monkeypatch.setattr(runtime.current(), "time_calls", lambda call, sets: time.sleep(0.01))
+    with pytest.raises(RuntimeError, match="compiled anew at each call"):
+        layers._compile(None, ())
 
 
 @torch_alone
