@@ -12,6 +12,7 @@ from keras.src.backend import AutocastScope  # which has no public name
 from keras_hla.backend.compiling import is_torch_compiling
 from keras_hla.inputs import arrange_log_decay
 from keras_hla.scan import least_log_decay
+from keras_hla.stages import norm
 from keras_hla.stages.rotary import rotation_from_start
 
 _programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of layers, segmented or not
@@ -24,19 +25,29 @@ def why_not_fused(cell, denses):
         cell: an `HLACell`.
         denses: the projections, those of the cell and what is computed together with it.
     """
-    if keras.config.backend() != "torch":
-        return "the backend compiles whole layers"
-    if is_torch_compiling():
-        return "PyTorch compiles the layer"
     activations = cell.conv_activation, cell.output_gate
-    if cell.feature_map or any(x not in (None, keras.activations.silu) for x in activations):
-        return "there is an activation that is not 'silu'"
-    for dense in denses:
-        if type(dense) is not keras.layers.Dense or dense.lora_enabled or dense.quantization_mode:
-            return f"layer '{dense.path}' is more than a product and a bias"
-    if cell.compute_dtype == "float16":
-        return "float16 overflows between stages"
-    return None
+    more = (
+        x
+        for x in denses
+        if type(x) is not keras.layers.Dense or x.lora_enabled or x.quantization_mode
+    )
+    more = next(more, None)
+    obstacles = (
+        (keras.config.backend() != "torch", "the backend compiles whole layers"),
+        (is_torch_compiling(), "PyTorch compiles the layer"),
+        (cell.feature_map is not None, "there is a feature map"),
+        (
+            any(x not in (None, keras.activations.silu) for x in activations),
+            "there is an activation that is not 'silu'",
+        ),
+        (more is not None, f"layer '{more and more.path}' is more than a product and a bias"),
+        (
+            cell.query_dense.kernel.shape[0] > norm.LARGEST,
+            f"there are more than {norm.LARGEST} features",
+        ),
+        (cell.compute_dtype == "float16", "float16 overflows between stages"),
+    )
+    return next((reason for found, reason in obstacles if found), None)
 
 
 def mix(layer, sequences, starts):

@@ -4,6 +4,8 @@ from keras import ops
 
 from keras_hla.precision import state_dtype
 
+LARGEST = 8192  # features that the kernel holds at once
+
 
 def rms_norm(x, scale, epsilon, fused=False):
     """Returns `x / sqrt(mean(x²) + epsilon) ⊙ scale`, of the shape and dtype of `x`.
@@ -14,7 +16,7 @@ def rms_norm(x, scale, epsilon, fused=False):
         epsilon: positive number.
         fused: whether kernels compute it.
     """
-    if fused:
+    if fused and x.shape[-1] <= LARGEST:
         from keras_hla.kernels.stages.norm import NORM
 
         (output,) = NORM((epsilon,), x=x, scale=scale)
