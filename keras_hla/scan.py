@@ -17,7 +17,13 @@ import math
 import keras
 from keras import ops
 
-from keras_hla.backend.tensors import at_least, cumulative_sum, size_at_run_time
+from keras_hla.backend.tensors import (
+    at_least,
+    cumulative_sum,
+    is_known,
+    pad_axis,
+    size_at_run_time,
+)
 
 # Up to this many states are scanned in one product, more in blocks.
 _DIRECT = 64
@@ -189,7 +195,7 @@ def _scan_chunks(sums, log_decay, state):
 def _scan(sums, log_decay, state=None):
     """`_scan_chunks` on flat states: sums `(..., n, f)`, log_decay `(..., n)`, state `(..., f)`."""
     n = ops.shape(sums)[-2]
-    if isinstance(n, int) and n <= _DIRECT:
+    if is_known(n) and n <= _DIRECT:
         return _scan_directly(sums, log_decay, state)
     return _scan_in_blocks(sums, log_decay, state)
 
@@ -216,14 +222,14 @@ def _scan_directly(sums, log_decay, state=None):
 def _scan_in_blocks(sums, log_decay, state):
     """`_scan` in two levels: within blocks from zero, then over the blocks."""
     n = ops.shape(sums)[-2]
-    size = _block_size(n) if isinstance(n, int) else size_at_run_time(n, _BLOCK)
+    size = _block_size(n) if is_known(n) else size_at_run_time(n, _BLOCK)
     log_block = None
     sums = split_axis(sums, size, axis=-2)
     if log_decay is not None:
         log_decay = split_axis(log_decay, size, axis=-1)
         log_block = bound(ops.sum(log_decay, axis=-1))
     # With a number that is unknown at trace time there is no telling how deep to go.
-    scan = _scan if isinstance(n, int) else _scan_directly
+    scan = _scan if is_known(n) else _scan_directly
     entering, block_sums = scan(sums, log_decay)
     entering_block, last = scan(block_sums, log_block, state)
     entering_block = entering_block[..., None, :]
@@ -262,12 +268,3 @@ def merge_axis(x, n, axis):
 
 def _missing(n, size):
     return (size - n % size) % size
-
-
-def pad_axis(x, before, after, axis):
-    """Adds zeros along one axis."""
-    if isinstance(after, int) and before == after == 0:
-        return x
-    widths = [(0, 0)] * len(x.shape)
-    widths[axis] = (before, after)
-    return ops.pad(x, widths)

@@ -78,6 +78,8 @@ def scan_recomputed(step, state, inputs, variables):
 def _check_that_torch_recomputes():
     import torch
 
+    if torch.compiler.is_compiling():  # where no transform is around
+        return
     try:  # What recomputes needs such hooks, which some transforms forbid.
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
             pass

@@ -8,6 +8,18 @@ _constants: dict = {}  # of PyTorch, by values, dtype and device
 DEFAULT_CHUNK_SIZE = 128 if keras.config.backend() == "tensorflow" else 64
 
 
+def is_known(size):
+    """Whether a size is a number at trace time."""
+    if keras.config.backend() == "torch" and isinstance(size, int):
+        import torch
+
+        if torch.compiler.is_compiling():  # where symbols pass for integers
+            from torch.fx.experimental.symbolic_shapes import has_static_value
+
+            return has_static_value(size)
+    return isinstance(size, int)
+
+
 def size_at_run_time(length, largest):
     """The size of pieces, at most `largest`, of a length that is unknown at trace time."""
     if keras.config.backend() == "tensorflow":
@@ -18,12 +30,12 @@ def size_at_run_time(length, largest):
 
 def is_single_token(x):
     """Whether a tensor `(batch, length, ...)` is known to have a length of one at trace time."""
-    return isinstance(x.shape[1], int) and x.shape[1] == 1
+    return is_known(x.shape[1]) and x.shape[1] == 1
 
 
 def entries_to_loop_over(length):
     """The length, or 1 where that is 0 and `scan_serially` can loop over no empty inputs."""
-    if isinstance(length, int):
+    if is_known(length):
         return max(length, 1)
     return ops.maximum(length, 1) if keras.config.backend() == "tensorflow" else length
 
@@ -55,6 +67,21 @@ def constant(values, dtype):
         if type(found) is torch.Tensor:  # not one that stands for another while it is traced
             _constants[key] = found
     return found
+
+
+def pad_axis(x, before, after, axis):
+    """Adds zeros along one axis."""
+    if is_known(after) and before == after == 0:
+        return x
+    axis = axis % len(x.shape)
+    if keras.config.backend() == "torch":  # where `keras.ops.pad` is slow, and breaks a graph
+        import torch
+
+        widths = [0, 0] * (len(x.shape) - 1 - axis)
+        return torch.nn.functional.pad(x, [*widths, before, after])
+    widths = [(0, 0)] * len(x.shape)
+    widths[axis] = (before, after)
+    return ops.pad(x, widths)
 
 
 def at_least(x, minimum):

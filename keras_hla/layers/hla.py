@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_hla import kernels
+from keras_hla.backend.tensors import is_known
 from keras_hla.checks import (
     as_tensor,
     check_choice,
@@ -271,7 +272,7 @@ class HLA(CompositeLayer):
         """The outputs, before dropout, and the tuple of states, if they are wanted."""
         length, longest = sequences.shape[1], self.remat_length
         inputs = {"sequences": sequences, "mask": mask, "starts": starts}
-        known = isinstance(length, int)  # at trace time
+        known = is_known(length)
         if not self.causal or not known or longest is None or length <= longest:
             return self._one_part(states, **inputs, return_state=return_state)
         if states is None:

@@ -1,11 +1,12 @@
 """One step of the layer, and what the layer does before and after its operator."""
 
+import itertools
+
 import keras
 from keras import ops
 
 # Not public, but cells of this class alone may draw random numbers before the loop of an RNN.
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
-import numpy as np
 
 from keras_hla import stages
 from keras_hla.backend.tensors import is_single_token
@@ -203,7 +204,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
 
     def _convolve(self, projected, window, mask, starts, return_window, fused):
         """The convolution of the projected queries, keys and values, and the window after it."""
-        splits = np.cumsum(self._projected_sizes)[:-1].tolist()
+        splits = list(itertools.accumulate(self._projected_sizes[:-1]))
         # Together where there is more to each call than to its products.
         joint = mask is not None or is_single_token(projected[0])
         kernels, windows = [ops.convert_to_tensor(self.conv.kernel)], [window]

@@ -24,12 +24,14 @@ class KernelFunction:
             results; the gradient of a result may be `None`, of all not.
         shapes: `shapes(options, tensors, save)` returns two tuples of pairs `(shape, dtype)`:
             those of what `evaluate` returns.
+        count: `count(options)` returns the number of the results.
     """
 
     name: str
     evaluate: Callable
     gradients: Callable
     shapes: Callable
+    count: Callable = lambda options: 1
 
     def __post_init__(self):
         _launcher().register(self)
