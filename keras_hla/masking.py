@@ -4,7 +4,7 @@ import math
 
 from keras import ops
 
-from keras_hla.backend.tensors import pad_axis
+from keras_hla.backend.tensors import count_up, pad_axis
 
 _LARGEST = 2**31 - 1  # of the integers that count tokens
 
@@ -61,7 +61,7 @@ def fill_forward(x, mask):
 
 def _counting_first(mask):
     """The indices of each row, in order, those first where `mask` is true."""
-    steps = ops.arange(ops.shape(mask)[1], dtype="int32")
+    steps = count_up(ops.shape(mask)[1])
     return ops.argsort(ops.where(mask, steps, _LARGEST), axis=1)
 
 

@@ -19,7 +19,10 @@ from keras import ops
 
 from keras_hla.backend.tensors import (
     at_least,
+    count_up,
     cumulative_sum,
+    filled_up,
+    first_entries,
     is_known,
     pad_axis,
     size_at_run_time,
@@ -116,7 +119,7 @@ class UnorderedScan:
 
 def causal_mask(n):
     """The `(n, n)` boolean matrix that is true where the column is not after the row."""
-    index = ops.arange(n)
+    index = count_up(n)
     return index[:, None] >= index[None, :]
 
 
@@ -195,7 +198,7 @@ def _scan_chunks(sums, log_decay, state):
 def _scan(sums, log_decay, state=None):
     """`_scan_chunks` on flat states: sums `(..., n, f)`, log_decay `(..., n)`, state `(..., f)`."""
     n = ops.shape(sums)[-2]
-    if is_known(n) and n <= _DIRECT:
+    if isinstance(n, int) and n <= _DIRECT:  # which `torch.compile` asks of a symbol, too
         return _scan_directly(sums, log_decay, state)
     return _scan_in_blocks(sums, log_decay, state)
 
@@ -249,11 +252,10 @@ def _block_size(n):
 def split_axis(x, size, axis):
     """Cuts a (negative) axis into pieces of `size`, the last one filled up with zeros."""
     shape = ops.shape(x)
-    n = shape[axis]
-    extra = _missing(n, size)
-    x = pad_axis(x, 0, extra, axis)
+    whole = filled_up(shape[axis], size)
+    x = pad_axis(x, 0, whole - shape[axis], axis)
     after = shape[axis + 1 :] if axis != -1 else ()
-    return ops.reshape(x, (*shape[:axis], (n + extra) // size, size, *after))
+    return ops.reshape(x, (*shape[:axis], whole // size, size, *after))
 
 
 def merge_axis(x, n, axis):
@@ -261,10 +263,5 @@ def merge_axis(x, n, axis):
     shape = ops.shape(x)
     after = shape[axis + 1 :] if axis != -1 else ()
     # Not the product of both sizes, of which JAX cannot tell that it is at least a symbolic `n`.
-    filled = n + _missing(n, shape[axis])
-    x = ops.reshape(x, (*shape[: axis - 1], filled, *after))
-    return x[(..., slice(n), *[slice(None)] * len(after))]
-
-
-def _missing(n, size):
-    return (size - n % size) % size
+    x = ops.reshape(x, (*shape[: axis - 1], filled_up(n, shape[axis]), *after))
+    return first_entries(x, n, axis)

@@ -28,6 +28,13 @@ def size_at_run_time(length, largest):
     return largest  # JAX cannot divide by a symbolic size.
 
 
+def filled_up(length, size):
+    """The least multiple of `size` that is no less than the length, which may be unknown."""
+    if keras.config.backend() == "torch":  # which can tell how many pieces this is
+        return (length + size - 1) // size * size
+    return length + (size - length % size) % size  # of which JAX can tell that it is no less
+
+
 def is_single_token(x):
     """Whether a tensor `(batch, length, ...)` is known to have a length of one at trace time."""
     return is_known(x.shape[1]) and x.shape[1] == 1
@@ -67,6 +74,27 @@ def constant(values, dtype):
         if type(found) is torch.Tensor:  # not one that stands for another while it is traced
             _constants[key] = found
     return found
+
+
+def first_entries(x, n, axis):
+    """The first `n` entries of a (negative) axis, a number that may be unknown at trace time."""
+    part = x[(..., slice(n), *[slice(None)] * (-1 - axis))]
+    if keras.config.backend() == "torch" and not is_known(n):
+        import torch
+
+        # Or what follows is compiled once for a part and once more for the whole.
+        return part.clone(memory_format=torch.contiguous_format)
+    return part
+
+
+def count_up(size):
+    """The integers from 0 to `size - 1`, which may be unknown at trace time."""
+    if keras.config.backend() == "torch":  # where `keras.ops.arange` takes no symbol
+        from keras.src.backend.torch.core import get_device  # which has no public name
+        import torch
+
+        return torch.arange(size, dtype=torch.int32, device=get_device())
+    return ops.arange(size, dtype="int32")
 
 
 def pad_axis(x, before, after, axis):

@@ -66,7 +66,9 @@ class HLA(CompositeLayer):
             computed a second time for its gradients, which saves memory. `None`
             is no limit. It needs a length known when the call is traced, and
             `causal=True`. Of a longer one there is no gradient by `torch.func`, and
-            under TensorFlow neither forward mode nor a gradient of gradients.
+            under TensorFlow neither forward mode nor a gradient of gradients. Within
+            `torch.compile` the compiler chooses what is computed a second time: see
+            PyTorch's `activation_memory_budget`.
         implementation: `"auto"`, `"portable"` or `"triton"`, as in
             `keras_hla.ops.higher_order_attention`. The kernels take queries, keys
             and values in the compute dtype. `implementation_for(sequences)` tells

@@ -9,7 +9,7 @@ from keras import ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_hla import stages
-from keras_hla.backend.tensors import is_single_token
+from keras_hla.backend.tensors import count_up, is_single_token
 from keras_hla.evaluate import evaluate
 from keras_hla.inputs import arrange, prepare_state
 from keras_hla.layers.hla_weights import HLAWeights
@@ -285,10 +285,8 @@ def _normalize(x, norm, fused):
 def _count(sequences, mask, dtype):
     """The number of unmasked tokens before each, `(batch or 1, length)`, and of all."""
     if mask is None:
-        before = ops.arange(ops.shape(sequences)[1])[None]
-        total = ops.shape(sequences)[1]
-    else:
-        mask = ops.cast(mask, "int32")
-        before = count_tokens(mask) - mask
-        total = ops.sum(mask, axis=1, keepdims=True)
-    return ops.cast(before, dtype), ops.cast(total, dtype)
+        counts = ops.cast(count_up(ops.shape(sequences)[1] + 1)[None], dtype)
+        return counts[:, :-1], counts[:, -1:]
+    mask = ops.cast(mask, "int32")
+    total = ops.sum(mask, axis=1, keepdims=True)
+    return ops.cast(count_tokens(mask) - mask, dtype), ops.cast(total, dtype)
