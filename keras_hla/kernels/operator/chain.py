@@ -16,7 +16,7 @@ def evaluate(run, options, tensors, save):
 
     Args:
         run: as in `KernelFunction`, as are the others.
-        options: the tuple of the passes, as plain tuples, and whether the states after it are wanted.
+        options: the passes, as plain tuples, and whether the states after it are wanted.
         tensors: `"query"`, `"key"` and `"value"`, `(batch, length, heads, dim)`; `"log_decay"`,
             `(batch or 1, length, heads or 1)`, float32; and the states before the first token,
             by their places.
