@@ -30,12 +30,12 @@ def check_choice(name, value, allowed):
         )
 
 
-def as_tensor(name, x, optional=False):
-    """Returns a tensor or an array as it is, and of lists and numbers a tensor."""
+def as_tensor(name, x, optional=False, dtype=None):
+    """Returns a tensor or an array as it is, and of lists and numbers a tensor of the dtype."""
     if (optional and x is None) or (hasattr(x, "shape") and hasattr(x, "dtype")):
         return x
     try:
-        tensor = ops.convert_to_tensor(x)
+        tensor = ops.convert_to_tensor(x, dtype)
         if keras.backend.standardize_dtype(tensor.dtype) == "string":  # of TensorFlow
             raise TypeError("Strings are no numbers.")
         return tensor
@@ -105,7 +105,7 @@ def check_attention_inputs(query, key, value):
         )
 
 
-def check_log_decay(log_decay, batch, length, heads):
+def check_log_decay(log_decay, batch, length, heads, dtype):
     """Returns `log_decay` as an array or tensor that broadcasts to `(batch, length, heads)`.
 
     Args:
@@ -113,17 +113,16 @@ def check_log_decay(log_decay, batch, length, heads):
         batch: batch size, or `None` if unknown.
         length: length, or `None` if unknown.
         heads: tuple of the allowed numbers of heads.
+        dtype: dtype of the tensor that numbers become.
     """
     if log_decay is None:
         return None
-    if isinstance(log_decay, numbers.Number | list | tuple | np.ndarray):
-        log_decay = np.asarray(log_decay, dtype="float64")
-        if not np.all(log_decay <= 0):
-            raise ValueError(
-                "Argument `log_decay` must be finite and <= 0, or -inf: decays lie in [0, 1]. "
-                f"Received: log_decay={log_decay}"
-            )
-    log_decay = as_tensor("log_decay", log_decay)
+    received, log_decay = log_decay, as_tensor("log_decay", log_decay, dtype=dtype)
+    if not _at_most_zero(received):
+        raise ValueError(
+            "Argument `log_decay` must be finite and <= 0, or -inf: decays lie in [0, 1]. "
+            f"Received: log_decay={received}"
+        )
     shape = tuple(log_decay.shape)
     padded = (1,) * (3 - len(shape)) + shape
     allowed = ((1, batch), (1, length), (1, *heads))
@@ -137,6 +136,15 @@ def check_log_decay(log_decay, batch, length, heads):
             f"Received: log_decay.shape={shape}"
         )
     return log_decay
+
+
+def _at_most_zero(x):
+    """Whether numbers and arrays are at most zero, NaN not; of tensors it is not known."""
+    if isinstance(x, list | tuple):
+        return all(map(_at_most_zero, x))
+    if isinstance(x, np.ndarray):
+        return bool(np.all(x <= 0))
+    return x <= 0 if isinstance(x, numbers.Number) else True
 
 
 def check_mask(mask, batch, length):

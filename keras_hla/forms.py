@@ -14,6 +14,8 @@ from keras_hla.backend.loops import scan_serially
 from keras_hla.backend.tensors import (
     DEFAULT_CHUNK_SIZE,
     entries_to_loop_over,
+    is_known,
+    pad_axis,
     size_at_run_time,
 )
 from keras_hla.grouping import group
@@ -24,7 +26,6 @@ from keras_hla.scan import (
     causal_mask,
     decay_products,
     merge_axis,
-    pad_axis,
     split_axis,
 )
 
@@ -32,7 +33,7 @@ from keras_hla.scan import (
 def chunked(operator, query, key, value, log_decay, state, chunk_size=None):
     """The parallel form."""
     length = ops.shape(query)[-2]
-    if isinstance(length, int) and length == 1 and state is not None:
+    if is_known(length) and length == 1 and state is not None:
         return step(operator, query, key, value, log_decay, state)
     scan, (query, key, value) = _cut_in_chunks((query, key, value), log_decay, chunk_size)
     state = state or (None,) * len(operator.state_names)
@@ -49,7 +50,7 @@ def summarize(operator, query, key, value, log_decay):
 def _cut_in_chunks(inputs, log_decay, chunk_size):
     length = ops.shape(inputs[0])[-2]
     size = _balanced_chunk_size(length, chunk_size or DEFAULT_CHUNK_SIZE)
-    if isinstance(length, int) and length == size:
+    if is_known(length) and length == size:
         return SingleScan(log_decay, size, inputs[0].dtype), inputs
     if log_decay is not None:
         log_decay = split_axis(log_decay, size, axis=-1)
@@ -119,7 +120,7 @@ def _zero_state(operator, query, value, log_decay):
 
 def _balanced_chunk_size(length, largest):
     """At most `largest`; less where that fills the last chunk better."""
-    if not isinstance(length, int):
+    if not is_known(length):
         return size_at_run_time(length, largest)
     chunks = max(1, -(-length // largest))
     return max(1, -(-length // chunks))

@@ -56,7 +56,9 @@ def prepare(query, key, value, log_decay, mask, segment_ids=None):
     query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
     check_attention_inputs(query, key, value)
     batch, length, heads, _ = query.shape
-    log_decay = check_log_decay(log_decay, batch, length, (heads, key.shape[2]))
+    log_decay = check_log_decay(
+        log_decay, batch, length, (heads, key.shape[2]), state_dtype(query.dtype)
+    )
     mask = as_tensor("mask", mask, optional=True)
     segment_ids = as_tensor("segment_ids", segment_ids, optional=True)
     starts = None

@@ -3,7 +3,10 @@
 import math
 
 from keras import ops
-import numpy as np
+
+from keras_hla.backend.tensors import count_up, pad_axis
+
+_LARGEST = 2**31 - 1  # of the integers that count tokens
 
 
 def segment_starts(segment_ids, mask):
@@ -27,7 +30,7 @@ def count_tokens(mask):
 
 def last_count(counts):
     """The last of each row's counts, `(batch, length)`, or zero if there is none: `(batch, 1)`."""
-    return ops.pad(counts, [(0, 0), (1, 0)])[:, -1:]
+    return pad_axis(counts, 1, 0, axis=1)[:, -1:]
 
 
 def compact(x, mask):
@@ -58,8 +61,8 @@ def fill_forward(x, mask):
 
 def _counting_first(mask):
     """The indices of each row, in order, those first where `mask` is true."""
-    steps = ops.arange(ops.shape(mask)[1], dtype="int32")
-    return ops.argsort(ops.where(mask, steps, np.iinfo("int32").max), axis=1)
+    steps = count_up(ops.shape(mask)[1])
+    return ops.argsort(ops.where(mask, steps, _LARGEST), axis=1)
 
 
 def apply_mask(mask, query, key, value):

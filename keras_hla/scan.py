@@ -17,7 +17,16 @@ import math
 import keras
 from keras import ops
 
-from keras_hla.backend.tensors import at_least, cumulative_sum, size_at_run_time
+from keras_hla.backend.tensors import (
+    at_least,
+    count_up,
+    cumulative_sum,
+    filled_up,
+    first_entries,
+    is_known,
+    pad_axis,
+    size_at_run_time,
+)
 
 # Up to this many states are scanned in one product, more in blocks.
 _DIRECT = 64
@@ -110,7 +119,7 @@ class UnorderedScan:
 
 def causal_mask(n):
     """The `(n, n)` boolean matrix that is true where the column is not after the row."""
-    index = ops.arange(n)
+    index = count_up(n)
     return index[:, None] >= index[None, :]
 
 
@@ -192,7 +201,7 @@ def _scan_chunks(updates, log_decay, state):
 def _scan(updates, log_decay, state=None):
     """`_scan_chunks` on flat states: `(..., n, f)`, log_decay `(..., n)`, state `(..., f)`."""
     n = ops.shape(updates)[-2]
-    if isinstance(n, int) and n <= _DIRECT:
+    if isinstance(n, int) and n <= _DIRECT:  # which `torch.compile` asks of a symbol, too
         return _scan_directly(updates, log_decay, state)
     return _scan_in_blocks(updates, log_decay, state)
 
@@ -219,14 +228,14 @@ def _scan_directly(updates, log_decay, state=None):
 def _scan_in_blocks(updates, log_decay, state):
     """`_scan` in two levels: within blocks from zero, then over the blocks."""
     n = ops.shape(updates)[-2]
-    size = _block_size(n) if isinstance(n, int) else size_at_run_time(n, _BLOCK)
+    size = _block_size(n) if is_known(n) else size_at_run_time(n, _BLOCK)
     log_block = None
     updates = split_axis(updates, size, axis=-2)
     if log_decay is not None:
         log_decay = split_axis(log_decay, size, axis=-1)
         log_block = bound(ops.sum(log_decay, axis=-1))
     # With a number that is unknown at trace time there is no telling how deep to go.
-    scan = _scan if isinstance(n, int) else _scan_directly
+    scan = _scan if is_known(n) else _scan_directly
     entering, block_updates = scan(updates, log_decay)
     entering_block, last = scan(block_updates, log_block, state)
     entering_block = entering_block[..., None, :]
@@ -246,11 +255,10 @@ def _block_size(n):
 def split_axis(x, size, axis):
     """Cuts a (negative) axis into entries of `size`, the last one filled up with zeros."""
     shape = ops.shape(x)
-    n = shape[axis]
-    extra = _missing(n, size)
-    x = pad_axis(x, 0, extra, axis)
+    whole = filled_up(shape[axis], size)
+    x = pad_axis(x, 0, whole - shape[axis], axis)
     after = shape[axis + 1 :] if axis != -1 else ()
-    return ops.reshape(x, (*shape[:axis], (n + extra) // size, size, *after))
+    return ops.reshape(x, (*shape[:axis], whole // size, size, *after))
 
 
 def merge_axis(x, n, axis):
@@ -258,19 +266,5 @@ def merge_axis(x, n, axis):
     shape = ops.shape(x)
     after = shape[axis + 1 :] if axis != -1 else ()
     # Not the product of both sizes, of which JAX cannot tell that it is at least a symbolic `n`.
-    filled = n + _missing(n, shape[axis])
-    x = ops.reshape(x, (*shape[: axis - 1], filled, *after))
-    return x[(..., slice(n), *[slice(None)] * len(after))]
-
-
-def _missing(n, size):
-    return (size - n % size) % size
-
-
-def pad_axis(x, before, after, axis):
-    """Adds zeros along one axis."""
-    if isinstance(after, int) and before == after == 0:
-        return x
-    widths = [(0, 0)] * len(x.shape)
-    widths[axis] = (before, after)
-    return ops.pad(x, widths)
+    x = ops.reshape(x, (*shape[: axis - 1], filled_up(n, shape[axis]), *after))
+    return first_entries(x, n, axis)

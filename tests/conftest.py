@@ -72,6 +72,7 @@ ONLY = {
         ("tensorflow", "jax"),
         "TensorFlow writes PyTorch's SavedModels, and has their tests",
     ),
+    "test_torch_compile.py": (("torch",), "only PyTorch has `torch.compile`"),
 }
 
 

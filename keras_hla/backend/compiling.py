@@ -15,6 +15,20 @@ def is_torch_compiling():
     return torch.compiler.is_compiling()
 
 
+def remembered(function):
+    """The function, which keeps its results; `torch.compile` traces it as if it did not."""
+    kept = functools.lru_cache(maxsize=256)(function)
+    if keras.config.backend() != "torch":
+        return kept
+    import torch
+
+    @functools.wraps(function)
+    def call(*arguments):
+        return (function if torch.compiler.is_compiling() else kept)(*arguments)
+
+    return call
+
+
 def traced(function, *inputs):
     """What the function returns, where the contents of tensors do not matter."""
     if keras.config.backend() == "jax":

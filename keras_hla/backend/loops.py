@@ -57,7 +57,8 @@ def _scan_tensorflow(step, state, inputs, output_dtype=None):
 def scan_recomputed(step, state, inputs, variables):
     """`scan_serially` for large entries, of which the backward pass computes each again.
 
-    It keeps the states between the entries, and what it needs of one entry at a time.
+    It keeps the states between the entries, and what it needs of one entry at a time. But
+    `torch.compile` chooses by itself what to keep.
 
     Args:
         step: as in `scan_serially`.
@@ -71,6 +72,10 @@ def scan_recomputed(step, state, inputs, variables):
         except NotImplementedError as error:
             raise ValueError(_NOT_RECOMPUTED.format("forward mode under TensorFlow")) from error
     if keras.config.backend() == "torch":
+        import torch
+
+        if torch.compiler.is_compiling():  # No checkpoint may call layers there.
+            return scan_serially(step, state, inputs)
         _check_that_torch_recomputes()
     return scan_serially(keras.remat(step), state, inputs)
 

@@ -9,6 +9,18 @@ _MOST_KEPT = 64
 DEFAULT_CHUNK_SIZE = 128 if keras.config.backend() == "tensorflow" else 64
 
 
+def is_known(size):
+    """Whether a size is a number at trace time."""
+    if keras.config.backend() == "torch" and isinstance(size, int):
+        import torch
+
+        if torch.compiler.is_compiling():  # where symbols pass for integers
+            from torch.fx.experimental.symbolic_shapes import has_static_value
+
+            return has_static_value(size)
+    return isinstance(size, int)
+
+
 def size_at_run_time(length, largest):
     """The size of chunks, at most `largest`, of a length that is unknown at trace time."""
     if keras.config.backend() == "tensorflow":
@@ -17,14 +29,21 @@ def size_at_run_time(length, largest):
     return largest  # JAX cannot divide by a symbolic size.
 
 
+def filled_up(length, size):
+    """The least multiple of `size` that is no less than the length, which may be unknown."""
+    if keras.config.backend() == "torch":  # which can tell how many pieces this is
+        return (length + size - 1) // size * size
+    return length + (size - length % size) % size  # of which JAX can tell that it is no less
+
+
 def is_single_token(x):
     """Whether a tensor `(batch, length, ...)` is known to have a length of one at trace time."""
-    return isinstance(x.shape[1], int) and x.shape[1] == 1
+    return is_known(x.shape[1]) and x.shape[1] == 1
 
 
 def entries_to_loop_over(length):
     """The length, or 1 where that is 0 and `scan_serially` can loop over no empty inputs."""
-    if isinstance(length, int):
+    if is_known(length):
         return max(length, 1)
     return ops.maximum(length, 1) if keras.config.backend() == "tensorflow" else length
 
@@ -63,6 +82,42 @@ def kept(key, make):
             _kept.pop(next(iter(_kept)), None)
         _kept[key] = found
     return _kept[key]
+
+
+def first_entries(x, n, axis):
+    """The first `n` entries of a (negative) axis, a number that may be unknown at trace time."""
+    part = x[(..., slice(n), *[slice(None)] * (-1 - axis))]
+    if keras.config.backend() == "torch" and not is_known(n):
+        import torch
+
+        # Or what follows is compiled once for a part and once more for the whole.
+        return part.clone(memory_format=torch.contiguous_format)
+    return part
+
+
+def count_up(size):
+    """The integers from 0 to `size - 1`, which may be unknown at trace time."""
+    if keras.config.backend() == "torch":  # where `keras.ops.arange` takes no symbol
+        from keras.src.backend.torch.core import get_device  # which has no public name
+        import torch
+
+        return torch.arange(size, dtype=torch.int32, device=get_device())
+    return ops.arange(size, dtype="int32")
+
+
+def pad_axis(x, before, after, axis):
+    """Adds zeros along one axis."""
+    if is_known(after) and before == after == 0:
+        return x
+    axis = axis % len(x.shape)
+    if keras.config.backend() == "torch":  # where `keras.ops.pad` is slow, and breaks a graph
+        import torch
+
+        widths = [0, 0] * (len(x.shape) - 1 - axis)
+        return torch.nn.functional.pad(x, [*widths, before, after])
+    widths = [(0, 0)] * len(x.shape)
+    widths[axis] = (before, after)
+    return ops.pad(x, widths)
 
 
 def at_least(x, minimum):

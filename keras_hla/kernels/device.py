@@ -1,6 +1,5 @@
 """Whether the kernels run on the backend and the device at hand."""
 
-import functools
 import importlib.util
 import os
 
@@ -9,6 +8,8 @@ import keras
 # Where the kernels were measured.
 _MEASURED = "9.0"
 _FEWEST_TOKENS = 16_384
+# Not asked for at each call, as a search takes long.
+_INSTALLED = {x: importlib.util.find_spec(x) is not None for x in ("triton", "jax_triton")}
 
 
 def why_not(tensor):
@@ -23,7 +24,7 @@ def why_not(tensor):
         if 0 in tensor.shape:
             return "there is nothing to compute"
     for name in needed:
-        if not _installed(name):
+        if not _INSTALLED[name]:
             return f"the package {name} is not installed"
     if backend == "torch" and interpreted():
         return None
@@ -44,11 +45,6 @@ def why_not_faster(tensor):
 def interpreted():
     """Whether Triton interprets kernels on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache  # as each call asks, and a search takes long
-def _installed(package):
-    return importlib.util.find_spec(package) is not None
 
 
 def _capability(tensor):

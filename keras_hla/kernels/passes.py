@@ -1,8 +1,9 @@
 """What an operator computes, as the kernels need it: its passes, read off its `chain`."""
 
 from collections.abc import Hashable
-import functools
 from typing import NamedTuple
+
+from keras_hla.backend.compiling import remembered
 
 
 class Pass(NamedTuple):
@@ -27,7 +28,7 @@ def passes_of(operator):
     return _found(operator) if isinstance(operator, Hashable) else None
 
 
-@functools.lru_cache(maxsize=256)  # as each call asks
+@remembered  # as each call asks
 def _found(operator):
     passes: list[Pass] = []
 

@@ -17,11 +17,7 @@ class CompositeLayer(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
         _check_not_quantized("dtype", self.dtype_policy)
 
-    @property
-    def dtype_policy(self):
-        return super().dtype_policy
-
-    @dtype_policy.setter
+    @keras.layers.Layer.dtype_policy.setter
     def dtype_policy(self, policy):
         policy = keras.dtype_policies.get(policy)
         _check_not_quantized("dtype_policy", policy)

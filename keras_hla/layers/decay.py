@@ -6,6 +6,7 @@ import keras
 from keras import ops
 import numpy as np
 
+from keras_hla.backend.tensors import constant
 from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.float64 import make_dense
 
@@ -28,6 +29,7 @@ class LogDecay(CompositeLayer):
         super().__init__(**kwargs)
         self.decay = decay
         self.num_heads = num_heads
+        self._fixed = _fixed_logs(decay, num_heads)
 
     def build(self, input_shape):
         logits = np.linspace(_FIRST_LOGIT, _LAST_LOGIT, self.num_heads)
@@ -51,11 +53,16 @@ class LogDecay(CompositeLayer):
             return _log_sigmoid(self.logit)
         if self.decay == "input":
             return _log_sigmoid(self.logit_dense(inputs))
-        if self.decay == "multiscale":
-            decay = 1 - 1 / np.geomspace(_SHORTEST, _LONGEST, self.num_heads)
-        else:
-            decay = self.decay
-        return ops.convert_to_tensor(np.log(decay), self.compute_dtype)
+        return constant(self._fixed, self.compute_dtype)
+
+
+def _fixed_logs(decay, num_heads):
+    """The logarithms of decays that are not trained, as a number or one for each head."""
+    if decay in ("learned", "input"):
+        return None
+    if decay == "multiscale":
+        decay = 1 - 1 / np.geomspace(_SHORTEST, _LONGEST, num_heads)
+    return tuple(np.log(np.atleast_1d(decay)).tolist())
 
 
 def _log_sigmoid(x):

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_hla import kernels, stages
+from keras_hla.backend.tensors import is_known
 from keras_hla.checks import (
     as_tensor,
     check_choice,
@@ -65,7 +66,9 @@ class HLA(CompositeLayer):
             computed a second time for its gradients, which saves memory. `None`
             is no limit. It needs a length known when the call is traced, and
             `causal=True`. Of a longer one there is no gradient by `torch.func`, and
-            under TensorFlow neither forward mode nor a gradient of gradients.
+            under TensorFlow neither forward mode nor a gradient of gradients. Within
+            `torch.compile` the compiler chooses what is computed a second time: see
+            PyTorch's `activation_memory_budget`.
         implementation: `"auto"`, `"portable"` or `"triton"`, as in
             `keras_hla.ops.higher_order_attention`. The kernels take queries, keys
             and values in the compute dtype. `implementation_for(sequences)` tells
@@ -269,7 +272,7 @@ class HLA(CompositeLayer):
         """The outputs, before dropout, and the tuple of states, if they are wanted."""
         length, longest = sequences.shape[1], self.remat_length
         inputs = {"sequences": sequences, "mask": mask, "starts": starts}
-        known = isinstance(length, int)  # at trace time
+        known = is_known(length)
         if not self.causal or not known or longest is None or length <= longest:
             return self._one_part(states, **inputs, return_state=return_state)
         if states is None:

@@ -1,14 +1,15 @@
 """One step of the layer, and what the layer does before and after its operator."""
 
+import itertools
+
 import keras
 from keras import ops
 
 # Not public, but cells of this class alone may draw random numbers before the loop of an RNN.
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
-import numpy as np
 
 from keras_hla import stages
-from keras_hla.backend.tensors import is_single_token
+from keras_hla.backend.tensors import count_up, is_single_token
 from keras_hla.evaluate import evaluate
 from keras_hla.inputs import arrange, prepare_state
 from keras_hla.layers.hla_weights import HLAWeights
@@ -203,7 +204,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
 
     def _convolve(self, projected, window, mask, starts, return_window, fused):
         """The convolution of the projected queries, keys and values, and the window after it."""
-        splits = np.cumsum(self.projected_sizes)[:-1].tolist()
+        splits = list(itertools.accumulate(self.projected_sizes[:-1]))
         # Together where there is more to each call than to its products.
         joint = mask is not None or is_single_token(projected[0])
         kernels, windows = [ops.convert_to_tensor(self.conv.kernel)], [window]
@@ -280,10 +281,8 @@ def _split_heads(x, heads, dim):
 def _count(sequences, mask, dtype):
     """The number of unmasked tokens before each, `(batch or 1, length)`, and of all."""
     if mask is None:
-        before = ops.arange(ops.shape(sequences)[1])[None]
-        total = ops.shape(sequences)[1]
-    else:
-        mask = ops.cast(mask, "int32")
-        before = count_tokens(mask) - mask
-        total = ops.sum(mask, axis=1, keepdims=True)
-    return ops.cast(before, dtype), ops.cast(total, dtype)
+        counts = ops.cast(count_up(ops.shape(sequences)[1] + 1)[None], dtype)
+        return counts[:, :-1], counts[:, -1:]
+    mask = ops.cast(mask, "int32")
+    total = ops.sum(mask, axis=1, keepdims=True)
+    return ops.cast(count_tokens(mask) - mask, dtype), ops.cast(total, dtype)

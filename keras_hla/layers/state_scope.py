@@ -1,15 +1,22 @@
 """The states of all layers of a model, handed in and out from outside of it."""
 
-import contextvars
+import threading
 
 from keras import ops
 
-_current: contextvars.ContextVar = contextvars.ContextVar("state_scope", default=None)
+
+class _OfThread(threading.local):
+    """The scope in which this thread is; a context variable, `torch.compile` could not trace."""
+
+    scope = None
+
+
+_current = _OfThread()
 
 
 def current_state_scope():
     """The scope in which a layer is called, or `None`."""
-    return _current.get()
+    return _current.scope
 
 
 class StateScope:
@@ -35,11 +42,11 @@ class StateScope:
         self._mask = mask
 
     def __enter__(self):
-        self._token = _current.set(self)
+        self._around, _current.scope = _current.scope, self
         return self
 
     def __exit__(self, *_):
-        _current.reset(self._token)
+        _current.scope = self._around
 
     def enter(self, layer, sequences, initial_state, mask, segment_ids):
         """The state from which `layer` starts, its mask, and the output before, or `None`."""

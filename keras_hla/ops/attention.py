@@ -1,7 +1,6 @@
 """The operators over sequences, and over one token."""
 
 from keras import ops
-import numpy as np
 
 from keras_hla import kernels, operators
 from keras_hla.checks import (
@@ -273,7 +272,7 @@ def attention_step(
     operator = operators.get(operator, masked, ridge)
     query, key, value = check_rank(3, "(batch, heads, dim)", query=query, key=key, value=value)
     query, key, value = (ops.expand_dims(x, 1) for x in (query, key, value))
-    if log_decay is not None and np.ndim(log_decay) == 2:
+    if log_decay is not None and _rank(log_decay) == 2:
         log_decay = ops.expand_dims(log_decay, 1)
     check_number("epsilon", epsilon, "a positive number", lambda x: x > 0)
     inputs = prepare(query, key, value, log_decay, None)
@@ -283,3 +282,10 @@ def attention_step(
     epsilon = epsilon if normalize else None
     output, state = evaluate(operator, inputs, state, form="step", epsilon=epsilon)
     return output[:, 0], state
+
+
+def _rank(x):
+    """The number of axes of a tensor, or of nested lists of numbers."""
+    if isinstance(x, list | tuple):
+        return 1 + (_rank(x[0]) if x else 0)
+    return len(x.shape) if hasattr(x, "shape") else 0

@@ -55,8 +55,13 @@ def functional(function):
     return with_symbolic_tensors
 
 
-def _is_symbolic(arguments):
-    return any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten(arguments))
+def _is_symbolic(x):
+    """Whether an argument, or one of a nest of them, is a symbolic tensor."""
+    if isinstance(x, dict):
+        x = list(x.values())
+    if isinstance(x, list | tuple):
+        return any(map(_is_symbolic, x))
+    return isinstance(x, keras.KerasTensor)
 
 
 def _by_name(operator):

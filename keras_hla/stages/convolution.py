@@ -6,7 +6,7 @@ y_t = activation(Σ_i w_i ⊙ x_{t-n+1+i}),   i = 0 … n-1,   n the size of the
 import keras
 from keras import ops
 
-from keras_hla.backend.tensors import is_single_token
+from keras_hla.backend.tensors import is_known, is_single_token, pad_axis
 from keras_hla.masking import compact, count_tokens, last_count, take
 
 
@@ -40,7 +40,7 @@ def last_window(x, size, window=None, mask=None, starts=None):
 
     Arguments are those of `convolve`, but for `size`, that of its kernel.
     """
-    if mask is None and isinstance(x.shape[1], int) and x.shape[1] >= size - 1:
+    if mask is None and is_known(x.shape[1]) and x.shape[1] >= size - 1:
         end = x[:, 1 - size :]
     else:
         end = _end(_row(x if mask is None else compact(x, mask), size, window), size, mask)
@@ -90,7 +90,7 @@ def _segments(mask, starts):
 def _row(x, size, window):
     """The window, or zeros, and then `x`."""
     if window is None:
-        return ops.pad(x, [(0, 0), (size - 1, 0), *[(0, 0)] * (len(x.shape) - 2)])
+        return pad_axis(x, size - 1, 0, axis=1)
     return ops.concatenate([ops.cast(window, x.dtype), x], axis=1)
 
 

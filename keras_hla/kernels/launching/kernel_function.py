@@ -25,6 +25,7 @@ class KernelFunction:
         shapes: `shapes(options, tensors, save)` returns two tuples of pairs `(shape, dtype)`:
             those of what `evaluate` returns.
         reads: The names of the tensors that `gradients` reads; `None` is all.
+        count: `count(options)` returns the number of the results.
     """
 
     name: str
@@ -32,6 +33,7 @@ class KernelFunction:
     gradients: Callable
     shapes: Callable
     reads: tuple | None = None
+    count: Callable = lambda options: 1
 
     def __post_init__(self):
         _launcher().register(self)

@@ -19,7 +19,7 @@ def call(function, options, tensors):
     needed = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
     if torch.compiler.is_compiling():
         names = tuple(tensors)
-        count = len(function.shapes(options, tensors, False)[0])
+        count = function.count(options)
         description = repr((options, names, needed, count))
         return tuple(_OPERATORS[function.name]([*tensors.values()], description)[:count])
     if not needed:

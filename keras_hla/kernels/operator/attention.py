@@ -23,8 +23,9 @@ def attention(operator, inputs, state, return_state=True):
         log_decay = ops.repeat(log_decay, query.shape[2] // log_decay.shape[2], axis=2)
     batch, _, heads, dim = query.shape
     states = {f"state {i}": _to_kernel(x, heads) for i, x in enumerate(state or ())}
+    passes = tuple(tuple(x) for x in passes_of(operator))
     output, *last = ATTENTION(
-        (passes_of(operator), return_state),
+        (passes, return_state),
         query=query,
         key=key,
         value=value,

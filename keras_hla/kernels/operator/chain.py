@@ -8,6 +8,7 @@ from keras import ops
 from keras_hla.kernels.launching import KernelFunction
 from keras_hla.kernels.operator import launches
 from keras_hla.kernels.operator.plan import Plan, plan_of
+from keras_hla.kernels.passes import Pass
 
 
 def evaluate(run, options, tensors, save):
@@ -15,7 +16,7 @@ def evaluate(run, options, tensors, save):
 
     Args:
         run: as in `KernelFunction`, as are the others.
-        options: the tuple of the passes, and whether the states after it are wanted.
+        options: the passes, as plain tuples, and whether the states after it are wanted.
         tensors: `"query"`, `"key"` and `"value"`, `(batch, length, heads, dim)`; `"log_decay"`,
             `(batch or 1, length, heads or 1)`, float32; and the states before the first token,
             by their places.
@@ -89,14 +90,21 @@ def shapes(options, tensors, save):
     return tuple(results), (*exchanged, *chunk_states) if save else ()
 
 
-ATTENTION = KernelFunction("attention", evaluate, gradients, shapes)
+def count(options):
+    """The number of the results."""
+    passes, return_state = options
+    return 1 + len(passes) * return_state
+
+
+ATTENTION = KernelFunction("attention", evaluate, gradients, shapes, count)
 
 
 def _plan(make, options, tensors):
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
     sizes = (*query.shape[:3], key.shape[2], query.shape[3], value.shape[3])
     dtype = str(query.dtype).removeprefix("torch.")
-    return make(options[0], *sizes, dtype, "log_decay" in tensors)
+    passes = tuple(Pass(*x) for x in options[0])
+    return make(passes, *sizes, dtype, "log_decay" in tensors)
 
 
 def _decays(run, plan, tensors):

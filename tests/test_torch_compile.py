@@ -1,0 +1,259 @@
+"""`torch.compile` without a graph break: what eager mode gives, of few graphs."""
+
+import shutil
+
+from backends import relative_error, to_numpy
+from definitions import Reference, serial
+from family import FORWARD, GRADIENT, draw, like
+import keras
+import numpy as np
+import pytest
+import torch
+
+from keras_hla import layers, ops
+from keras_hla.layers.state_scope import StateScope
+
+SAME = 1e-6  # largest relative RMS error between two evaluations of the same operations
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    yield
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A backend that runs graphs as they are, and keeps them."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, inputs):
+        self.graphs.append(graph)
+        return graph
+
+
+def compiled(function, backend="eager", **options):
+    return torch.compile(function, backend=backend, fullgraph=True, **options)
+
+
+def with_gradients(function, x, weights):
+    """The outputs, and the gradients of a function of them in the input and the weights."""
+    results = function(x)
+    results = results if isinstance(results, tuple | list) else (results,)
+    wanted = [*weights, x] if x.requires_grad else weights
+    return results, torch.autograd.grad(sum(y.sin().sum() for y in results), wanted)
+
+
+def assert_same(layer, x, backend="eager"):
+    weights = [v.value for v in layer.trainable_variables]
+    for actual, expected in zip(
+        with_gradients(compiled(layer, backend), x, weights),
+        with_gradients(layer, x, weights),
+        strict=True,
+    ):
+        for a, e in zip(actual, expected, strict=True):
+            assert relative_error(a.detach(), e.detach()) <= SAME
+
+
+def sequences(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+
+OPTIONS = {
+    "defaults": {},
+    "all stages": {
+        "decay": "input",
+        "conv_kernel_size": 3,
+        "qk_norm": True,
+        "feature_map": "elu_plus_one",
+        "output_gate": "silu",
+        "num_key_value_heads": 1,
+        "normalize": True,
+        "ridge": 0.1,
+    },
+    "multiscale": {"decay": "multiscale", "operator": "ahla", "rope_max_wavelength": None},
+    "learned": {"decay": "learned", "operator": "hla3", "return_sequences": False},
+    "number": {"decay": 0.9, "operator": "linear", "go_backwards": True},
+    "list": {"decay": [0.9, 0.8], "operator": "hla2", "masked": False},
+    "published": {"operator": "hla2_published"},
+    "no order": {"causal": False},
+    "parts": {"remat_length": 30, "return_state": True, "conv_kernel_size": 3},
+    "kernels": {"implementation": "triton", "decay": "input", "conv_kernel_size": 3},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_layer(options):
+    layer = layers.HLA(2, 8, **options)
+    layer.build((None, None, 6))
+    assert_same(layer, sequences(2, 70, 6))
+
+
+def test_mask_segments_and_states():
+    layer = layers.HLA(2, 8, decay="input", conv_kernel_size=3, return_state=True)
+    layer.build((None, None, 6))
+    lengths = torch.tensor([[40], [25]])
+    mask = torch.arange(40)[None] < lengths
+    ids = (torch.arange(40)[None] // 15).expand(2, 40)
+    states = [torch.randn(2, *size) for size in layer.cell.state_size]
+    states[-1] = torch.tensor([[0.0, 3.0], [1.0, 5.0]])  # a position
+
+    def function(x):
+        return layer(x, mask=mask, segment_ids=ids, initial_state=states)
+
+    function.trainable_variables = layer.trainable_variables
+    assert_same(function, sequences(2, 40, 6))
+
+
+def language_model():
+    tokens = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(16, 8, mask_zero=True)(tokens)
+    for _ in range(2):
+        x = layers.HLADecoderBlock(2, 4, output_gate="silu")(x)
+    x = keras.layers.LayerNormalization()(x)
+    return keras.Model(tokens, keras.layers.Dense(16)(x))
+
+
+def test_model():
+    assert_same(language_model(), torch.randint(0, 16, (2, 40)), "aot_eager")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
+def test_inductor():
+    layer = layers.HLA(1, 4, decay="multiscale")
+    layer.build((None, None, 4))
+    x = sequences(1, 20, 4)
+    weights = [v.value for v in layer.trainable_variables]
+    found = with_gradients(compiled(layer, "inductor"), x, weights)
+    for actual, expected in zip(found, with_gradients(layer, x, weights), strict=True):
+        for a, e in zip(actual, expected, strict=True):
+            assert relative_error(a.detach(), e.detach()) <= FORWARD
+
+
+def test_fit_with_jit_compile():
+    """A model learns the same whether Keras compiles it or not."""
+    tokens = np.random.default_rng(0).integers(1, 16, (4, 20))
+    losses = []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(0)
+        model = language_model()
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("sgd", loss, jit_compile=jit_compile)
+        history = model.fit(tokens, tokens, batch_size=2, epochs=2, shuffle=False, verbose=0)
+        losses.append([*history.history["loss"], model.train_on_batch(tokens, tokens)])
+    assert losses[0][0] > losses[0][-1]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["portable", "triton"])
+def test_few_graphs_for_all_lengths(implementation):
+    layer = layers.HLA(1, 8, decay="input", conv_kernel_size=3, implementation=implementation)
+    layer.build((None, None, 4))
+    graphs = Graphs()
+    function = compiled(layer, graphs)
+    with torch.no_grad():
+        for length in (70, 130, 64, 128, 33, 90, 300, 65, 63):
+            x = torch.randn(2, length, 4)
+            assert relative_error(function(x), layer(x)) <= FORWARD
+        if implementation == "portable":  # of which thousands of tokens take no time
+            for length in (2048, 2049, 4000):
+                x = torch.randn(2, length, 4)
+                assert relative_error(function(x), layer(x)) <= FORWARD
+        # Of the first length, of those of one chunk, and of several.
+        assert len(graphs.graphs) <= 3
+        for batch in (3, 5, 7):
+            x = torch.randn(batch, 100, 4)
+            assert relative_error(function(x), layer(x)) <= FORWARD
+    assert len(graphs.graphs) <= 4
+
+
+def test_a_stream_is_not_what_was_compiled_without():
+    """The scope of a stream is a state of the thread, of which a compiled layer takes note."""
+    layer = layers.HLA(1, 4, decay=0.9)
+    layer.build((None, None, 4))
+    function = compiled(layer)
+    with torch.no_grad():
+        x = torch.randn(1, 20, 4)
+        whole = function(x)
+        pieces, states = [], None
+        for part in (x[:, :8], x[:, 8:]):
+            with StateScope(states) as scope:
+                pieces.append(function(part))
+            states = scope.states
+        assert len(states) == 1
+        assert relative_error(torch.cat(pieces, 1), whole) <= FORWARD
+        assert relative_error(function(x), whole) <= SAME
+
+
+@pytest.mark.parametrize("implementation", ["portable", "triton"])
+@pytest.mark.parametrize("read", ["output", "state"])
+def test_operator(rng, implementation, read):
+    """Held to the definition; of a loss that reads one of the results, the others have none."""
+    inputs, log_decay = draw(rng, 40, "per_token", 2, 1, dim=16, value_dim=16)
+    inputs = [inputs[0] / 4, inputs[1] / 4, inputs[2]]
+    expected = Reference(serial, "hla2", inputs, log_decay)
+    tensors = [torch.tensor(x, requires_grad=True) for x in (*inputs, log_decay)]
+
+    def function(q, k, v, g):
+        output, state = ops.higher_order_attention(
+            q, k, v, log_decay=g, return_state=True, implementation=implementation
+        )
+        return output, *state
+
+    results = compiled(function, "aot_eager")(*tensors)
+    weights = like(rng, [expected.output, *expected.states])
+    place = 0 if read == "output" else 2
+    found = torch.autograd.grad((results[place] * torch.tensor(weights[place])).sum(), tensors)
+    for a, e in zip(results, (expected.output, *expected.states), strict=True):
+        assert relative_error(a.detach(), e) <= FORWARD
+    weights = [w if i == place else np.zeros_like(w) for i, w in enumerate(weights)]
+    for a, e in zip(found, expected.gradients(weights[0], weights[1:]), strict=True):
+        assert relative_error(a, e) <= GRADIENT
+
+
+def test_kernels_are_in_the_graph(rng):
+    """As custom operators, and not as the portable form."""
+    graphs = Graphs()
+    (q, k, v), _ = draw(rng, 20, "none", dim=16, value_dim=16)
+
+    def function(q, k, v):
+        return ops.higher_order_attention(q, k, v, implementation="triton")
+
+    compiled(function, graphs)(*map(torch.tensor, (q, k, v)))
+    (graph,) = graphs.graphs
+    assert any("keras_hla.attention" in str(node.target) for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("log_decay", [-0.1, [-0.1, -0.2]])
+def test_numbers_as_decays(rng, log_decay):
+    (q, k, v), _ = draw(rng, 20, "none")
+    state = [torch.ones(2, 2, 8, 8), torch.ones(2, 2, 8, 5)]
+
+    def function(q, k, v, *state):
+        whole = ops.higher_order_attention(q, k, v, log_decay=log_decay)
+        one, _ = ops.attention_step(q[:, 0], k[:, 0], v[:, 0], list(state), log_decay=log_decay)
+        return whole, one
+
+    arguments = [*map(torch.tensor, (q, k, v)), *state]
+    for a, e in zip(compiled(function)(*arguments), function(*arguments), strict=True):
+        assert relative_error(a, e) <= SAME
+
+
+def test_wrong_shapes_are_refused():
+    layer = layers.HLA(1, 4)
+    layer.build((None, None, 4))
+    with pytest.raises(Exception, match="Argument `mask` must have shape"):
+        compiled(lambda x: layer(x, mask=torch.ones(1, 5, dtype=torch.bool)))(torch.ones(1, 6, 4))
+
+
+def test_state_after_a_step_of_a_stateful_layer():
+    layer = layers.HLA(1, 4, stateful=True)
+    layer.build((2, None, 4))
+    x = torch.randn(2, 20, 4)
+    with torch.no_grad():
+        whole = layer(x)
+        layer.reset_state()
+        function = compiled(layer)
+        pieces = [function(x[:, :10]), function(x[:, 10:])]
+    assert relative_error(torch.cat(pieces, 1), to_numpy(whole)) <= FORWARD
