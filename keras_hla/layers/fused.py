@@ -26,12 +26,11 @@ def why_not_fused(cell, denses):
         denses: the projections, those of the cell and what is computed together with it.
     """
     activations = cell.conv_activation, cell.output_gate
-    more = (
-        x
-        for x in denses
-        if type(x) is not keras.layers.Dense or x.lora_enabled or x.quantization_mode
-    )
-    more = next(more, None)
+    more = [
+        dense.path
+        for dense in denses
+        if type(dense) is not keras.layers.Dense or dense.lora_enabled or dense.quantization_mode
+    ]
     obstacles = (
         (keras.config.backend() != "torch", "the backend compiles whole layers"),
         (is_torch_compiling(), "PyTorch compiles the layer"),
@@ -40,7 +39,7 @@ def why_not_fused(cell, denses):
             any(x not in (None, keras.activations.silu) for x in activations),
             "there is an activation that is not 'silu'",
         ),
-        (more is not None, f"layer '{more and more.path}' is more than a product and a bias"),
+        (bool(more), f"layers {more} are more than a product and a bias"),
         (
             cell.query_dense.kernel.shape[0] > norm.LARGEST,
             f"there are more than {norm.LARGEST} features",

@@ -96,7 +96,7 @@ def count(options):
     return 1 + len(passes) * return_state
 
 
-ATTENTION = KernelFunction("attention", evaluate, gradients, shapes, count)
+ATTENTION = KernelFunction("attention", evaluate, gradients, shapes, count=count)
 
 
 def _plan(make, options, tensors):
