@@ -96,15 +96,17 @@ def rotate(x, cos, sin, scale=1.0, fused=False):
         from keras_hla.kernels.stages.rotary import ROTARY
 
         return ROTARY((scale,), x=x, cos=cos, sin=sin)[0]
-    cos, sin = (y[:, :, None] if scale == 1.0 else scale * y[:, :, None] for y in (cos, sin))
-    return ops.cast(_rotate(ops.cast(x, state_dtype(x.dtype)), cos, sin), x.dtype)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return ops.cast(_rotate(ops.cast(x, state_dtype(x.dtype)), cos, sin, scale), x.dtype)
 
 
-def _rotate(x, cos, sin):
+def _rotate(x, cos, sin, scale):
     if gradients_are_recorded(x, cos, sin):
         from keras_hla.backend.torch_gradients import Rotation
 
-        return Rotation.apply(x, cos, sin)
+        return Rotation.apply(x, scale * cos, scale * sin)
+    # Not the angles: XLA would compute those of queries and of keys again and again.
+    x = x if scale == 1.0 else scale * x
     first, second = ops.split(x, 2, axis=-1)
     halves = [first * cos - second * sin, second * cos + first * sin]
     return ops.concatenate(halves, axis=-1)
