@@ -76,8 +76,11 @@ class ChunkedScan:
             query = query * _power(ops.exp(total)[..., None], power)
         else:
             scores *= within  # torch saves the memory of a second tensor
-        output = scores @ value
-        return output if entering is None else output + query @ entering, last
+        if entering is None:
+            return scores @ value, last
+        output = query @ entering
+        output += scores @ value  # likewise
+        return output, last
 
     def last_state(self, key, value, power=1):
         """The last state alone, `(..., d, dv)`, from zero; a `power` of 0 is no decay."""

@@ -146,3 +146,17 @@ def cos_and_sin(x):
 
         return jnp.cos(x), jnp.sin(x)
     return ops.cos(x), ops.sin(x)
+
+
+def gradients_are_recorded(x, *constants):
+    """Whether PyTorch records gradients of `x`, and none of `constants`, as it computes.
+
+    There a function of `keras_hla.backend.torch_gradients` saves time and memory. What compiles a
+    graph finds as much by itself.
+    """
+    if keras.config.backend() != "torch":
+        return False
+    import torch
+
+    recorded = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+    return recorded and not any(y.requires_grad for y in constants)

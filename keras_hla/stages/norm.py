@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_hla.backend.tensors import gradients_are_recorded
 from keras_hla.precision import state_dtype
 
 LARGEST = 8192  # features that the kernel holds at once
@@ -21,6 +22,10 @@ def rms_norm(x, scale, epsilon, fused=False):
 
         (output,) = NORM((epsilon,), x=x, scale=scale)
         return output
+    if gradients_are_recorded(x) and x.is_cpu and x.dtype == scale.dtype:
+        from keras_hla.backend.torch_gradients import RootMeanSquareNorm
+
+        return RootMeanSquareNorm.apply(x, scale, epsilon)
     dtype = state_dtype(x.dtype)
     if dtype == "float64":  # which Keras' own is not
         mean = ops.sum(ops.square(x), axis=-1, keepdims=True) / x.shape[-1]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_hla.backend.tensors import constant, cos_and_sin, kept
+from keras_hla.backend.tensors import constant, cos_and_sin, gradients_are_recorded, kept
 from keras_hla.precision import state_dtype
 
 # A position is two numbers, blocks of tokens and the tokens besides: one number of float32 would
@@ -106,7 +106,17 @@ def rotate(x, cos, sin, scale=1.0, fused=False):
         from keras_hla.kernels.stages.rotary import ROTARY
 
         return ROTARY((scale,), x=x, cos=cos, sin=sin)[0]
-    cos, sin = (y[:, :, None] if scale == 1.0 else scale * y[:, :, None] for y in (cos, sin))
-    first, second = ops.split(ops.cast(x, state_dtype(x.dtype)), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return ops.cast(_rotate(ops.cast(x, state_dtype(x.dtype)), cos, sin, scale), x.dtype)
+
+
+def _rotate(x, cos, sin, scale):
+    if gradients_are_recorded(x, cos, sin):
+        from keras_hla.backend.torch_gradients import Rotation
+
+        return Rotation.apply(x, scale * cos, scale * sin)
+    # Not the angles: XLA would compute those of queries and of keys again and again.
+    x = x if scale == 1.0 else scale * x
+    first, second = ops.split(x, 2, axis=-1)
     halves = [first * cos - second * sin, second * cos + first * sin]
-    return ops.cast(ops.concatenate(halves, axis=-1), x.dtype)
+    return ops.concatenate(halves, axis=-1)
