@@ -122,6 +122,10 @@ def at_least(x, minimum):
 def cumulative_sum(x):
     """The sums along the last axis, in the dtype of `x`."""
     if keras.config.backend() == "torch":  # where `keras.ops.cumsum` makes float32 of float64
+        import torch
+
+        if torch.compiler.is_compiling():  # for Inductor, which can forget the argument `dtype`
+            return x.cumsum(-1).to(x.dtype)
         return x.cumsum(-1, dtype=x.dtype)
     if keras.config.backend() == "jax":
         import jax

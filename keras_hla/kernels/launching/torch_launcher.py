@@ -20,12 +20,21 @@ def call(function, options, tensors):
     if torch.compiler.is_compiling():
         names = tuple(tensors)
         count = function.count(options)
-        description = repr((options, names, needed, count))
+        description = repr((_as_numbers(options), names, needed, count))
         return tuple(_OPERATORS[function.name]([*tensors.values()], description)[:count])
     if not needed:
         tensors = {name: _as_kernels_take_it(x) for name, x in tensors.items()}
         return function.evaluate(run, options, tensors, False)[0]
     return _Differentiable.apply(function, options, tuple(tensors), *tensors.values())
+
+
+def _as_numbers(options):
+    """Options in which `torch.compile` has no symbols for numbers."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    if isinstance(options, tuple):
+        return tuple(map(_as_numbers, options))
+    return guard_scalar(options) if isinstance(options, float) else options
 
 
 class _Differentiable(torch.autograd.Function):
