@@ -11,8 +11,6 @@ _GRADIENT_SCHEMA = (
     "(Tensor[] tensors, Tensor[] saved, Tensor[] gradients, str description) -> Tensor[]"
 )
 
-_OPERATORS: dict = {}  # by the name of their function
-
 
 def call(function, options, tensors):
     """Evaluates a `KernelFunction`, differentiably."""
@@ -21,7 +19,8 @@ def call(function, options, tensors):
         names = tuple(tensors)
         count = function.count(options)
         description = repr((_as_numbers(options), names, needed, count))
-        return tuple(_OPERATORS[function.name]([*tensors.values()], description)[:count])
+        operator = getattr(torch.ops.keras_hla, function.name)
+        return tuple(operator([*tensors.values()], description)[:count])
     if not needed:
         tensors = {name: _as_kernels_take_it(x) for name, x in tensors.items()}
         return function.evaluate(run, options, tensors, False)[0]
@@ -121,7 +120,6 @@ def register(function):
         return [found.get(name) for name in names], None
 
     operator.register_autograd(backward, setup_context=keep)
-    _OPERATORS[function.name] = operator
 
 
 _parse = functools.lru_cache(maxsize=1024)(ast.literal_eval)
