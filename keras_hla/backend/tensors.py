@@ -105,8 +105,8 @@ def pad_axis(x, before, after, axis):
     if keras.config.backend() == "torch":  # where `keras.ops.pad` is slow, and breaks a graph
         import torch
 
-        widths = [0, 0] * (len(x.shape) - 1 - axis)
-        return torch.nn.functional.pad(x, [*widths, before, after])
+        of_later_axes = [0, 0] * (len(x.shape) - 1 - axis)
+        return torch.nn.functional.pad(x, [*of_later_axes, before, after])
     widths = [(0, 0)] * len(x.shape)
     widths[axis] = (before, after)
     return ops.pad(x, widths)
