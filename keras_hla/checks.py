@@ -144,7 +144,7 @@ def _at_most_zero(x):
         return all(map(_at_most_zero, x))
     if isinstance(x, np.ndarray):
         return bool(np.all(x <= 0))
-    return x <= 0 if isinstance(x, numbers.Number) else True
+    return x <= 0 if isinstance(x, numbers.Real) else True
 
 
 def check_mask(mask, batch, length):

@@ -4,7 +4,7 @@ import math
 
 from keras import ops
 
-from keras_hla.backend.tensors import count_up, pad_axis
+from keras_hla.backend.tensors import count_up, cumulative_sum, pad_axis
 
 _LARGEST = 2**31 - 1  # of the integers that count tokens
 
@@ -25,7 +25,7 @@ def segment_starts(segment_ids, mask):
 
 def count_tokens(mask):
     """The number of unmasked tokens, up to each, `(batch, length)`."""
-    return ops.cumsum(ops.cast(mask, "int32"), axis=1)
+    return cumulative_sum(ops.cast(mask, "int32"))
 
 
 def last_count(counts):

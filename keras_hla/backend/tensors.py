@@ -113,8 +113,8 @@ def pad_axis(x, before, after, axis):
     if keras.config.backend() == "torch":  # where `keras.ops.pad` is slow, and breaks a graph
         import torch
 
-        widths = [0, 0] * (len(x.shape) - 1 - axis)
-        return torch.nn.functional.pad(x, [*widths, before, after])
+        of_later_axes = [0, 0] * (len(x.shape) - 1 - axis)
+        return torch.nn.functional.pad(x, [*of_later_axes, before, after])
     widths = [(0, 0)] * len(x.shape)
     widths[axis] = (before, after)
     return ops.pad(x, widths)
@@ -130,6 +130,10 @@ def at_least(x, minimum):
 def cumulative_sum(x):
     """The sums along the last axis, in the dtype of `x`."""
     if keras.config.backend() == "torch":  # where `keras.ops.cumsum` makes float32 of float64
+        import torch
+
+        if torch.compiler.is_compiling():  # for Inductor, which can forget the argument `dtype`
+            return x.cumsum(-1).to(x.dtype)
         return x.cumsum(-1, dtype=x.dtype)
     if keras.config.backend() == "jax":
         import jax

@@ -4,19 +4,14 @@ import threading
 
 from keras import ops
 
-
-class _OfThread(threading.local):
-    """The scope in which this thread is; a context variable, `torch.compile` could not trace."""
-
-    scope = None
-
-
-_current = _OfThread()
+# Not a context variable, which `torch.compile` cannot trace; nor with a default of its class, of
+# which that takes no notice when the attribute of the instance changes.
+_current = threading.local()
 
 
 def current_state_scope():
     """The scope in which a layer is called, or `None`."""
-    return _current.scope
+    return getattr(_current, "scope", None)
 
 
 class StateScope:
@@ -42,7 +37,7 @@ class StateScope:
         self._mask = mask
 
     def __enter__(self):
-        self._around, _current.scope = _current.scope, self
+        self._around, _current.scope = current_state_scope(), self
         return self
 
     def __exit__(self, *_):

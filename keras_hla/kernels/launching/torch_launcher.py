@@ -11,8 +11,6 @@ _GRADIENT_SCHEMA = (
     "(Tensor[] tensors, Tensor[] saved, Tensor[] gradients, str description) -> Tensor[]"
 )
 
-_OPERATORS: dict = {}  # by the name of their function
-
 
 def call(function, options, tensors):
     """Evaluates a `KernelFunction`, differentiably."""
@@ -20,12 +18,22 @@ def call(function, options, tensors):
     if torch.compiler.is_compiling():
         names = tuple(tensors)
         count = function.count(options)
-        description = repr((options, names, needed, count))
-        return tuple(_OPERATORS[function.name]([*tensors.values()], description)[:count])
+        description = repr((_as_numbers(options), names, needed, count))
+        operator = getattr(torch.ops.keras_hla, function.name)
+        return tuple(operator([*tensors.values()], description)[:count])
     if not needed:
         tensors = {name: as_kernels_take_it(x) for name, x in tensors.items()}
         return function.evaluate(run, options, tensors, False)[0]
     return _Differentiable.apply(function, options, tuple(tensors), *tensors.values())
+
+
+def _as_numbers(options):
+    """Options in which `torch.compile` has no symbols for numbers."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    if isinstance(options, tuple):
+        return tuple(map(_as_numbers, options))
+    return guard_scalar(options) if isinstance(options, float) else options
 
 
 class _Differentiable(torch.autograd.Function):
@@ -112,7 +120,6 @@ def register(function):
         return [found.get(name) for name in names], None
 
     operator.register_autograd(backward, setup_context=keep)
-    _OPERATORS[function.name] = operator
 
 
 _parse = functools.lru_cache(maxsize=1024)(ast.literal_eval)
