@@ -24,7 +24,7 @@ MAY_IMPORT = {
     # one function, and which implementation is taken.
     "kernels.launching": "",
     "kernels.device": "",
-    "kernels.passes": "",
+    "kernels.passes": "backend",
     "kernels.operator": "kernels.launching kernels.device kernels.passes",
     "kernels.stages": "kernels.launching kernels.device",
     "kernels.fusion": "kernels.launching kernels.operator kernels.passes kernels.stages",

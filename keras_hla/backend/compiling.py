@@ -9,10 +9,10 @@ from keras_hla.backend.loops import scan_serially
 
 
 def is_torch_compiling():
-    """Whether PyTorch traces the call, for `torch.compile`, where it is the backend."""
+    """Whether PyTorch traces the call, for `torch.compile` or a file, where it is the backend."""
     import torch
 
-    return torch.compiler.is_compiling()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def remembered(function):

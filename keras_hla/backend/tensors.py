@@ -156,11 +156,12 @@ def gradients_are_recorded(x, *constants):
     """Whether PyTorch records gradients of `x`, and none of `constants`, as it computes.
 
     There a function of `keras_hla.backend.torch_gradients` saves time and memory. What compiles a
-    graph finds as much by itself.
+    graph finds as much by itself, and what traces one is to see the operations.
     """
     if keras.config.backend() != "torch":
         return False
     import torch
 
-    recorded = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    recorded = torch.is_grad_enabled() and x.requires_grad and not traced
     return recorded and not any(y.requires_grad for y in constants)
