@@ -199,10 +199,10 @@ class HLADecoderBlock(CompositeLayer):
         """As `HLA.why_not_fused`, of the whole block."""
         if self.activation is not keras.activations.silu:
             return "`activation` is not 'silu'"
-        if training and self.cell.dropout:
-            return "there is dropout"
         others = self.gate_dense, self.up_dense, self.down_dense
-        return self.mixer.why_not_fused(sequences, initial_state, mask, segmented, others)
+        reason = self.mixer.why_not_fused(sequences, initial_state, mask, segmented, others)
+        # Last, as `training` may be a tracer under JAX, where there is another reason.
+        return "there is dropout" if reason is None and self.cell.dropout and training else reason
 
     def compute_mask(self, sequences, previous_mask=None):
         return self.mixer.compute_mask(sequences, previous_mask)
