@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from keras_hla import kernels, ops
+from keras_hla import kernels, layers, ops
 from keras_hla.kernels.launching import Launch, torch_launcher
 
 KERNELS = {"implementation": "triton"}
@@ -97,3 +97,35 @@ def test_the_interpreter_is_never_chosen():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")  # where the choice is the kernels, or another reason
     assert kernels.choose() == ("portable", "the interpreter of the kernels is slow")
+
+
+def test_a_layer_is_one_function_or_tells_why_not(rng):
+    x = keras.ops.convert_to_tensor(rng.standard_normal((1, 20, 8)), "float32")
+
+    def why_not(policy="mixed_bfloat16", mask=None, **options):
+        layer = layers.HLA(2, 4, decay="input", dtype=policy, **KERNELS, **options)
+        layer.build(x.shape)
+        return layer.why_not_fused(x, mask=mask)
+
+    assert why_not() is why_not("float32", conv_kernel_size=3, qk_norm=True) is None
+    assert "a mask" in why_not(mask=keras.ops.ones((1, 20), "bool"))
+    assert "states" in why_not(return_state=True)
+    assert "a feature map" in why_not(feature_map="relu")
+    assert "not 'silu'" in why_not(output_gate="sigmoid")
+    assert "float16" in why_not("mixed_float16")
+    assert "remat_length" in why_not(remat_length=8)
+    of_query = {".*query": keras.DTypePolicy("float32")}
+    policy = keras.dtype_policies.DTypePolicyMap("mixed_bfloat16", of_query)
+    assert "query" in why_not(policy)
+
+
+def test_a_layer_that_was_one_function_follows_lora(rng):
+    x = keras.ops.convert_to_tensor(rng.standard_normal((1, 20, 8)), "float32")
+    layer = layers.HLA(2, 4, **KERNELS)
+    before = layer(x)
+    layer.cell.query_dense.enable_lora(2)
+    layer.cell.query_dense.lora_kernel_b.assign(rng.standard_normal((2, 8)))
+    after = layer(x)
+    layer.implementation = "portable"
+    assert relative_error(after.detach(), layer(x).detach()) <= FORWARD
+    assert relative_error(after.detach(), before.detach()) > 0.01

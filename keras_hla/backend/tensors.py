@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 _kept: dict = {}  # of PyTorch, by what they depend on
-_MOST_KEPT = 64
+_MOST_KEPT = 16
 # TensorFlow is slow at many small products on a CPU.
 DEFAULT_CHUNK_SIZE = 128 if keras.config.backend() == "tensorflow" else 64
 

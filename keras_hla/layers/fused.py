@@ -26,11 +26,7 @@ def why_not_fused(cell, denses):
         denses: the projections, those of the cell and what is computed together with it.
     """
     activations = cell.conv_activation, cell.output_gate
-    more = [
-        dense.path
-        for dense in denses
-        if type(dense) is not keras.layers.Dense or dense.lora_enabled or dense.quantization_mode
-    ]
+    more = [dense.path for dense in denses if not _is_plain(dense, cell)]
     obstacles = (
         (keras.config.backend() != "torch", "the backend compiles whole layers"),
         (is_torch_compiling(), "PyTorch compiles the layer"),
@@ -39,7 +35,7 @@ def why_not_fused(cell, denses):
             any(x not in (None, keras.activations.silu) for x in activations),
             "there is an activation that is not 'silu'",
         ),
-        (bool(more), f"layers {more} are more than a product and a bias"),
+        (bool(more), f"layers {more} are more than a product and a bias in the dtype of the layer"),
         (
             cell.query_dense.kernel.shape[0] > norm.LARGEST,
             f"there are more than {norm.LARGEST} features",
@@ -47,6 +43,13 @@ def why_not_fused(cell, denses):
         (cell.compute_dtype == "float16", "float16 overflows between stages"),
     )
     return next((reason for found, reason in obstacles if found), None)
+
+
+def _is_plain(dense, cell):
+    """Whether a projection is a product and a bias, in the dtype of the stage that computes it."""
+    dtype = cell.state_dtype if dense.name == "logit" else cell.compute_dtype
+    more = dense.lora_enabled or dense.quantization_mode or dense.compute_dtype != dtype
+    return type(dense) is keras.layers.Dense and not more
 
 
 def mix(layer, sequences, starts):

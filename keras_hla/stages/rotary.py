@@ -80,7 +80,8 @@ def rotation_from_start(length, turns, dtype):
         rest = ops.cast(ops.arange(length), dtype)[None]
         return rotation(None, rest, turns)
 
-    return kept(("rotation", length, turns, dtype), make)
+    # Tables of long sequences take more memory than they save time.
+    return kept(("rotation", length, turns, dtype), make) if length <= _BLOCK else make()
 
 
 def _turn(count, whole, lost):
