@@ -129,3 +129,17 @@ def test_a_layer_that_was_one_function_follows_lora(rng):
     layer.implementation = "portable"
     assert relative_error(after.detach(), layer(x).detach()) <= FORWARD
     assert relative_error(after.detach(), before.detach()) > 0.01
+
+
+def test_a_convolution_longer_than_a_tile(rng):
+    """One function, whose gradient reads as many tokens after a token."""
+    x = keras.ops.convert_to_tensor(rng.standard_normal((1, 90, 8)), "float32").requires_grad_()
+    layer = layers.HLA(1, 16, conv_kernel_size=40, **KERNELS)
+    layer.build(x.shape)
+    results = []
+    for implementation in ("triton", "portable"):
+        layer.implementation = implementation
+        weights = [v.value for v in layer.trainable_variables]
+        results.append(torch.autograd.grad(layer(x).sin().sum(), [x, *weights]))
+    for a, e in zip(*results, strict=True):
+        assert relative_error(a, e) <= GRADIENT

@@ -10,6 +10,8 @@ from keras_hla.backend.loops import scan_serially
 
 def is_torch_compiling():
     """Whether PyTorch traces the call, for `torch.compile` or a file, where it is the backend."""
+    if keras.config.backend() != "torch":
+        return False
     import torch
 
     return torch.compiler.is_compiling() or torch.jit.is_tracing()

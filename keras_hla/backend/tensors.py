@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_hla.backend.compiling import is_torch_compiling
+
 _kept: dict = {}  # of PyTorch, by what they depend on
 _MOST_KEPT = 16
 # TensorFlow is slow at many small products on a CPU.
@@ -162,6 +164,5 @@ def gradients_are_recorded(x, *constants):
         return False
     import torch
 
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    recorded = torch.is_grad_enabled() and x.requires_grad and not traced
+    recorded = torch.is_grad_enabled() and x.requires_grad and not is_torch_compiling()
     return recorded and not any(y.requires_grad for y in constants)

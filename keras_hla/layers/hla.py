@@ -282,10 +282,11 @@ class HLA(CompositeLayer):
     def _one_part(self, states, sequences, mask=None, starts=None, return_state=True):
         """`_in_parts` at once: choose, project, evaluate, finish."""
         cell, segmented = self.cell, starts is not None
-        if not return_state and self.why_not_fused(sequences, states, mask, segmented) is None:
-            return fused_layers.mix(self, ops.cast(sequences, self.compute_dtype), starts), ()
         implementation, _ = self.implementation_for(sequences, segmented)
         fused = stages.are_fused(implementation)
+        alone = fused and not return_state
+        if alone and self.why_not_fused(sequences, states, mask, segmented) is None:
+            return fused_layers.mix(self, ops.cast(sequences, self.compute_dtype), starts), ()
         memory, context = (None, {}) if states is None else cell.split_states(states)
         (query, key, value, log_decay), context = cell.project(
             sequences, context, mask, starts, return_state, fused

@@ -175,10 +175,10 @@ class HLADecoderBlock(CompositeLayer):
             sequences = ops.where(ops.cast(mask, "bool")[..., None], sequences, 0)
         sequences = ops.cast(sequences, self.compute_dtype)
         segmented = segment_ids is not None
-        if self._why_not_fused(sequences, initial_state, mask, segmented, training) is None:
+        fused = stages.are_fused(self.mixer.implementation_for(sequences, segmented)[0])
+        if fused and not self._why_not_fused(sequences, initial_state, mask, segmented, training):
             starts = self.mixer.starts_of(sequences, segment_ids)
             return fused_layers.transform(self, sequences, starts)
-        fused = stages.are_fused(self.mixer.implementation_for(sequences, segmented)[0])
         mixed = self.mixer(
             self.mixer_norm.normalize(sequences, fused),
             initial_state=initial_state,
@@ -199,10 +199,10 @@ class HLADecoderBlock(CompositeLayer):
         """As `HLA.why_not_fused`, of the whole block."""
         if self.activation is not keras.activations.silu:
             return "`activation` is not 'silu'"
+        if self.cell.dropout and training:
+            return "there is dropout"
         others = self.gate_dense, self.up_dense, self.down_dense
-        reason = self.mixer.why_not_fused(sequences, initial_state, mask, segmented, others)
-        # Last, as `training` may be a tracer under JAX, where there is another reason.
-        return "there is dropout" if reason is None and self.cell.dropout and training else reason
+        return self.mixer.why_not_fused(sequences, initial_state, mask, segmented, others)
 
     def compute_mask(self, sequences, previous_mask=None):
         return self.mixer.compute_mask(sequences, previous_mask)

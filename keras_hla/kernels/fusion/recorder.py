@@ -43,23 +43,13 @@ class Recorder:
             x: stands for a tensor `(batch, length, ...)`.
             *projections: pairs of a `Dense` and the shape of the features of its result.
         """
-        read = {"x": x}
-        for i, (dense, _) in enumerate(projections):
-            read |= {
-                f"kernel{i}": self.variable(dense.kernel),
-                f"bias{i}": self.variable(dense.bias),
-            }
+        read = self._read(x, [dense for dense, _ in projections])
         shapes = tuple(tuple(shape) for _, shape in projections)
         return self._note(functions.PROJECT, read, shapes, count=len(projections))
 
     def project_together(self, x, *denses):
         """The products of `x` with the weights of `Dense` layers, in one tensor."""
-        read = {"x": x}
-        for i, dense in enumerate(denses):
-            read |= {
-                f"kernel{i}": self.variable(dense.kernel),
-                f"bias{i}": self.variable(dense.bias),
-            }
+        read = self._read(x, denses)
         (result,) = self._note(functions.PROJECT_TOGETHER, read, (len(denses),))
         return result
 
@@ -119,6 +109,14 @@ class Recorder:
     def add(self, x, y):
         (result,) = self._note(functions.ADD, {"x": x, "y": y})
         return result
+
+    def _read(self, x, denses):
+        """What a stage of projections of `x` reads."""
+        read = {"x": x}
+        for i, dense in enumerate(denses):
+            read[f"kernel{i}"] = self.variable(dense.kernel)
+            read[f"bias{i}"] = self.variable(dense.bias)
+        return read
 
     def _note(self, function, read, options=(), count=1, recompute=False):
         read = tuple((name, number) for name, number in read.items() if number is not None)

@@ -1,6 +1,6 @@
 """Launches of kernels, and functions made of them, under PyTorch and JAX."""
 
 from keras_hla.kernels.launching.kernel_function import KernelFunction
-from keras_hla.kernels.launching.launch import Launch
+from keras_hla.kernels.launching.launch import Launch, block_of
 
-__all__ = ["KernelFunction", "Launch"]
+__all__ = ["KernelFunction", "Launch", "block_of"]

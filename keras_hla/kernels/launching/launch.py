@@ -23,3 +23,8 @@ class Launch:
     compiled: dict = dataclasses.field(
         default_factory=dict
     )  # for the backend, by device and dtypes
+
+
+def block_of(size):
+    """The least power of two that holds `size` features and that the tensor cores take."""
+    return max(16, 1 << (size - 1).bit_length())

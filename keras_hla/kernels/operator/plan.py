@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 from keras_hla.kernels.device import interpreted
+from keras_hla.kernels.launching import block_of
 from keras_hla.kernels.passes import Pass
 
 # Rows of batch and head from which on a single span of each fills a large GPU; and programs
@@ -98,8 +99,8 @@ class Plan:
             "DIM": dim,
             "VALUE_DIM": value_dim,
             "CHUNK": self.chunk,
-            "BLOCK": _block(dim),
-            "VALUE_BLOCK": _block(value_dim),
+            "BLOCK": block_of(dim),
+            "VALUE_BLOCK": block_of(value_dim),
             "SAME": pass_.key == pass_.value,
             "SEVERAL_SPANS": self.spans > 1,
             "DECAYS": self.decays,
@@ -115,8 +116,3 @@ class Plan:
 
 
 plan_of = functools.lru_cache(maxsize=256)(Plan)  # as a call finds out much, for short kernels
-
-
-def _block(dim):
-    """The least power of two that holds `dim` features and that the tensor cores take."""
-    return max(16, 1 << (dim - 1).bit_length())

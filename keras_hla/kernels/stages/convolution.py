@@ -6,8 +6,8 @@ import math
 import triton
 import triton.language as tl
 
-from keras_hla.kernels.launching import KernelFunction, Launch
-from keras_hla.kernels.stages.tiles import block_of, dtype_of, like, silu, silu_gradient
+from keras_hla.kernels.launching import KernelFunction, Launch, block_of
+from keras_hla.kernels.stages.tiles import dtype_of, like, shapes_of_x, silu, silu_gradient
 
 _TOKENS, _FEATURES = 64, 64  # of a tile
 
@@ -153,7 +153,7 @@ def convolution_gradient_kernel(
 def _launch(shape, dtype, size, segments, is_silu, backward):
     batch, length, *features = shape
     features = math.prod(features)
-    block = block_of(features, _FEATURES)
+    block = min(_FEATURES, block_of(features))
     tiles = batch * -(-length // _TOKENS)
     outputs = [(shape, dtype)]
     if backward:
@@ -191,9 +191,5 @@ def _gradients(run, options, tensors, saved, results, wanted):
     return found
 
 
-def _shapes(options, tensors, save):
-    return ((tensors["x"].shape, dtype_of(tensors["x"])),), ()
-
-
 #: Options: whether the activation is `silu`. Tensors: `x`, `kernel`, `segments`.
-CONVOLUTION = KernelFunction("convolution", _evaluate, _gradients, _shapes)
+CONVOLUTION = KernelFunction("convolution", _evaluate, _gradients, shapes_of_x)

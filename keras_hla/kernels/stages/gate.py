@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from keras_hla.kernels.launching import KernelFunction, Launch
-from keras_hla.kernels.stages.tiles import dtype_of, silu, silu_gradient
+from keras_hla.kernels.stages.tiles import dtype_of, shapes_of_x, silu, silu_gradient
 
 _ELEMENTS = 2048  # of a program
 
@@ -51,9 +51,5 @@ def _gradients(run, options, tensors, saved, results, wanted):
     return {"x": dx, "gates": dgates}
 
 
-def _shapes(options, tensors, save):
-    return ((tensors["x"].shape, dtype_of(tensors["x"])),), ()
-
-
 #: No options. Tensors: `x`, `gates`.
-GATE = KernelFunction("gate", _evaluate, _gradients, _shapes)
+GATE = KernelFunction("gate", _evaluate, _gradients, shapes_of_x)

@@ -6,8 +6,8 @@ import math
 import triton
 import triton.language as tl
 
-from keras_hla.kernels.launching import KernelFunction, Launch
-from keras_hla.kernels.stages.tiles import block_of, dtype_of, like, rows_of
+from keras_hla.kernels.launching import KernelFunction, Launch, block_of
+from keras_hla.kernels.stages.tiles import dtype_of, like, rows_of, shapes_of_x
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def norm_gradient_kernel(
 @functools.lru_cache(maxsize=256)
 def _launch(shape, dtype, epsilon, backward):
     *lead, dim = shape
-    rows, block = math.prod(lead), block_of(dim, largest=65536)
+    rows, block = math.prod(lead), block_of(dim)
     programs = -(-rows // rows_of(block))
     outputs = ((shape, dtype), ((programs, dim), "float32"))
     constants = {"DIM": dim, "EPSILON": epsilon, "ROWS": rows_of(block), "BLOCK": block}
@@ -98,9 +98,5 @@ def _gradients(run, options, tensors, saved, results, wanted):
     return found
 
 
-def _shapes(options, tensors, save):
-    return ((tensors["x"].shape, dtype_of(tensors["x"])),), ()
-
-
 #: Options: the epsilon. Tensors: `x`, `scale`.
-NORM = KernelFunction("rms_norm", _evaluate, _gradients, _shapes)
+NORM = KernelFunction("rms_norm", _evaluate, _gradients, shapes_of_x)

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from keras_hla.kernels.device import interpreted
-from keras_hla.kernels.launching import KernelFunction, Launch
+from keras_hla.kernels.launching import KernelFunction, Launch, block_of
 from keras_hla.kernels.stages.convolution import load_token, mix
-from keras_hla.kernels.stages.tiles import block_of, dtype_of, like, silu, silu_gradient
+from keras_hla.kernels.stages.tiles import dtype_of, like, silu, silu_gradient
 
 # Of a tile, and its warps: fewer tokens have shorter products, that move rows, in the gradient.
 _TOKENS, _WARPS = 32, 2
@@ -296,6 +296,8 @@ def _launch(shape, dtype, size, segments, shared, options, backward):
         ((batch, length, count, d), dtype)
         for count, d in ((heads, dim), (key_heads, dim), (key_heads, value_dim))
     ]
+    # A tile of the gradient has the tokens that read its own as well.
+    tokens = max(_TOKENS, block_of(2 * (size or 1)))
     constants = {
         "CONVOLVE": size is not None,
         "SIZE": size or 1,
@@ -308,10 +310,10 @@ def _launch(shape, dtype, size, segments, shared, options, backward):
         "KEY_HEADS": key_heads,
         "DIM": dim,
         "VALUE_DIM": value_dim,
-        "TOKENS": _TOKENS,
+        "TOKENS": tokens,
         "BLOCK": block_of((max(dim, value_dim) + 1) // 2),
     }
-    own = _TOKENS - (constants["SIZE"] - 1 if backward else 0)
+    own = tokens - (constants["SIZE"] - 1 if backward else 0)
     tiles = batch * -(-length // own)
     grid = (tiles * (heads + 2 * key_heads),)
     warps = {"num_warps": _WARPS}

@@ -5,8 +5,8 @@ import functools
 import triton
 import triton.language as tl
 
-from keras_hla.kernels.launching import KernelFunction, Launch
-from keras_hla.kernels.stages.tiles import block_of, dtype_of, rows_of
+from keras_hla.kernels.launching import KernelFunction, Launch, block_of
+from keras_hla.kernels.stages.tiles import dtype_of, rows_of, shapes_of_x
 
 
 @triton.jit(do_not_specialize=("rows", "length", "heads"))
@@ -79,9 +79,5 @@ def _gradients(run, options, tensors, saved, results, wanted):
     return {"x": dx}
 
 
-def _shapes(options, tensors, save):
-    return ((tensors["x"].shape, dtype_of(tensors["x"])),), ()
-
-
 #: Options: the scale. Tensors: `x`; `cos` and `sin`, which have no gradients.
-ROTARY = KernelFunction("rotary", _evaluate, _gradients, _shapes, reads=("cos", "sin"))
+ROTARY = KernelFunction("rotary", _evaluate, _gradients, shapes_of_x, reads=("cos", "sin"))

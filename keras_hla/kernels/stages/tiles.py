@@ -19,11 +19,6 @@ def silu_gradient(x):
     return s + x * s * (1.0 - s)
 
 
-def block_of(size, largest=1024):
-    """The least power of two that holds `size` features, at most `largest`."""
-    return min(largest, max(16, 1 << (size - 1).bit_length()))
-
-
 def rows_of(block):
     """How many rows of `block` features a program takes in."""
     return max(1, _ELEMENTS // block)
@@ -36,3 +31,8 @@ def like(x, other):
 
 def dtype_of(x):
     return str(x.dtype).removeprefix("torch.")
+
+
+def shapes_of_x(options, tensors, save):
+    """The `shapes` of a `KernelFunction` whose result is like `x`, and that saves nothing."""
+    return ((tensors["x"].shape, dtype_of(tensors["x"])),), ()
