@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 import sys
 
-from benchmarks.cases import KINDS, SHAPES, Case
+from benchmarks.cases import KINDS, SHAPES, VOCABULARIES, Case
 
 OPERATORS = ("linear", "hla2", "ahla", "hla3", "hla2_published", "hla3_published")
 
@@ -133,9 +133,10 @@ def measure(arguments, on_gpu):
 
 def cases(kind, arguments, on_gpu):
     return [
-        Case.parse(shape, dtype=dtype, decay=arguments.decay)
+        Case.parse(shape, dtype=dtype, decay=arguments.decay, vocabulary=vocabulary)
         for shape in arguments.shapes or SHAPES[kind][on_gpu]
         for dtype in arguments.dtypes or ["bfloat16" if on_gpu else "float32"]
+        for vocabulary in (VOCABULARIES[on_gpu] if kind == "models" else [None])
     ]
 
 

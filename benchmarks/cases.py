@@ -12,6 +12,8 @@ SHAPES = {
     "blocks": (["1x4x4096x64"], ["16x12x2048x64", "4x12x8192x64"]),
     "models": (["1x4x512x64"], ["8x12x2048x64"]),
 }
+# Of models: one with which a vocabulary costs little, and one as models of text have.
+VOCABULARIES = ([1_000], [256, 32_000])
 SHORT = 300  # tokens at which gradients are held to length x length matrices
 
 
@@ -26,6 +28,7 @@ class Case:
     value_dim: int
     dtype: str = "float32"
     decay: bool = False
+    vocabulary: int | None = None  # of a model
 
     @classmethod
     def parse(cls, text, **options):

@@ -35,12 +35,11 @@ def _build(case, jit):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     device = "cuda" if on_gpu() else "cpu"
-    vocabulary, blocks = language_model.sizes()
     config = GPT2Config(
-        vocab_size=vocabulary,
+        vocab_size=case.vocabulary,
         n_positions=case.length,
         n_embd=width(case),
-        n_layer=blocks,
+        n_layer=language_model.block_count(),
         n_head=case.heads,
         resid_pdrop=0.0,
         embd_pdrop=0.0,

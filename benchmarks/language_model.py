@@ -20,16 +20,14 @@ class Training(NamedTuple):
     announced: Announced
 
 
-def sizes():
-    """The vocabulary and the number of blocks."""
-    return (32_000, 12) if runtime.current().on_gpu() else (1_000, 2)
+def block_count():
+    return 12 if runtime.current().on_gpu() else 2
 
 
 def text(case):
     """Random tokens and those after them, `(batch, length)`."""
-    vocabulary, _ = sizes()
     shape = (case.batch, case.length + 1)
-    tokens = np.random.default_rng(0).integers(0, vocabulary, shape).astype("int32")
+    tokens = np.random.default_rng(0).integers(0, case.vocabulary, shape).astype("int32")
     return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -38,15 +36,14 @@ def of_keras(make_block, case, jit):
 
     The announcement is empty, and for the caller to fill.
     """
-    vocabulary, count = sizes()
     dtype = policy(case)
     tokens = keras.Input((None,), dtype="int32")
-    x = layers.Embedding(vocabulary, width(case), dtype=dtype)(tokens)
-    blocks = [make_block() for _ in range(count)]
+    x = layers.Embedding(case.vocabulary, width(case), dtype=dtype)(tokens)
+    blocks = [make_block() for _ in range(block_count())]
     for block in blocks:
         x = block(x)
     x = layers.RMSNormalization(dtype=dtype)(x)
-    model = keras.Model(tokens, layers.Dense(vocabulary, use_bias=False, dtype=dtype)(x))
+    model = keras.Model(tokens, layers.Dense(case.vocabulary, use_bias=False, dtype=dtype)(x))
     model.compile(
         keras.optimizers.Adam(LEARNING_RATE),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

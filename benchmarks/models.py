@@ -14,8 +14,8 @@ def measure(case, which, options):
     """Returns a row for each model, on one case."""
     backend = runtime.current()
     keras.utils.set_random_seed(0)
-    vocabulary, count = language_model.sizes()
-    title = f"model of {count} blocks, vocabulary of {vocabulary:,}, {case}"
+    count = language_model.block_count()
+    title = f"model of {count} blocks, vocabulary of {case.vocabulary:,}, {case}"
     rows, samples, losses = {}, {}, {}
     listed = trainees.choose("models", case, which, options.jit)
     chosen = {trainee.name: trainee for trainee in listed}
@@ -26,7 +26,7 @@ def measure(case, which, options):
             continue
         try:
             training = trainee.build(case, trainee.jit)
-            losses[name] = training.step, _first_loss(training.step, vocabulary)
+            losses[name] = training.step, _first_loss(training.step, case.vocabulary)
             training.announced.confirm(backend.kernels(training.step, ()))
             row.implementation = training.announced.text
             row.megabytes = backend.added_memory(training.step, ())

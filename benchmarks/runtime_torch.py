@@ -7,6 +7,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import timing
+from keras_hla.kernels import disable_cuda_graphs, enable_cuda_graphs
+
+_CALLS_UNTIL_RECORDED = 4
 
 
 def on_gpu():
@@ -73,10 +76,16 @@ def time_calls(call, argument_sets):
 def added_memory(call, arguments):
     if not on_gpu():
         return None
+    # What CUDA graphs hold from step to step counts, and is let go of by a call without them.
+    disable_cuda_graphs()
     call(*arguments)  # may try several kernels, which takes memory
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
+    enable_cuda_graphs()
+    for _ in range(_CALLS_UNTIL_RECORDED):
+        call(*arguments)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
     call(*arguments)
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -55,6 +55,7 @@ def backends_of_kernels():
 ONLY = {
     "test_architecture.py": (("torch",), "it reads the source, and runs none of it"),
     "test_benchmark_reference.py": (("torch",), "the reference is written in torch alone"),
+    "test_cuda_graphs.py": (("torch",), "JAX and TensorFlow compile what a layer is part of"),
     "test_definitions.py": (("torch",), "the definitions are NumPy and torch, without Keras"),
     "test_formats.py": (("tensorflow",), "TensorFlow alone writes these files"),
     "test_formats_elsewhere.py": (

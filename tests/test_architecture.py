@@ -27,8 +27,10 @@ MAY_IMPORT = {
     "kernels.passes": "backend",
     "kernels.operator": "kernels.launching kernels.device kernels.passes",
     "kernels.stages": "kernels.launching kernels.device",
-    "kernels.fusion": "kernels.launching kernels.operator kernels.passes kernels.stages",
-    "kernels": "checks operators kernels.device kernels.passes",
+    "kernels.cuda_graphs": "",
+    "kernels.fusion": "kernels.cuda_graphs kernels.launching kernels.operator kernels.passes "
+    "kernels.stages",
+    "kernels": "checks operators kernels.cuda_graphs kernels.device kernels.passes",
     # What a layer does before and after its operator: portable, or by kernels.
     "stages": "backend masking precision kernels.stages",
     # From public tensors to outputs and states.

@@ -1,5 +1,17 @@
 """Fused kernels for GPUs, in Triton, under PyTorch and JAX."""
 
 from keras_hla.kernels.choice import IMPLEMENTATIONS, Choice, choose
+from keras_hla.kernels.cuda_graphs import (
+    disable_cuda_graphs,
+    enable_cuda_graphs,
+    is_cuda_graphs_enabled,
+)
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "choose"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Choice",
+    "choose",
+    "disable_cuda_graphs",
+    "enable_cuda_graphs",
+    "is_cuda_graphs_enabled",
+]

@@ -81,8 +81,9 @@ def _program(layer, record, segmented):
     from keras_hla.kernels.fusion import Recorder
 
     recorder = Recorder()
+    sequences = recorder.input("sequences")
     starts = recorder.input("starts") if segmented else None
-    record(recorder, layer, recorder.input("sequences"), starts)
+    record(recorder, layer, sequences, starts)
     return recorder.program()
 
 
@@ -124,7 +125,7 @@ def _record_mixer(recorder, cell, x, starts):
     joint = recorder.project_together(x, cell.query_dense, cell.key_dense, cell.value_dense)
     angles = segments = None
     if cell.rope_max_wavelength is not None:
-        angles = recorder.input("cos"), recorder.input("sin")
+        angles = tuple(recorder.input(name, constant=True) for name in ("cos", "sin"))
     if cell.conv_kernel_size is not None and starts is not None:
         segments = recorder.input("segments")
     query, key, value = recorder.operands(

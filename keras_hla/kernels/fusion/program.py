@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from keras_hla.kernels.fusion.recordings import Recordings, Replayed
 from keras_hla.kernels.launching.torch_launcher import as_kernels_take_it, refuse_second_gradients
 from keras_hla.kernels.launching.torch_launcher import run as run_kernel
 
@@ -32,23 +33,34 @@ class Program:
     Args:
         stages: tuple of `Stage`s.
         variables: dictionary of the `keras.Variable`s that they read, by number.
-        inputs: dictionary of the numbers of the other tensors that they read, by name.
+        inputs: dictionary of the numbers of the other tensors that they read, by name. The first
+            is the sequences.
+        constants: the numbers of those inputs that are the same tensors from call to call.
     """
 
-    def __init__(self, stages, variables, inputs):
+    def __init__(self, stages, variables, inputs, constants=()):
         self.stages = stages
         self.result = stages[-1].results[0]
+        self.sequences = next(iter(inputs.values()))
+        self.changing_inputs = frozenset(inputs.values()).difference(constants)
         self._variables = variables
         self._inputs = inputs
         self._makers = {number: stage for stage in stages for number in stage.results}
         self._of_stages = _lives(stages)
         self._needed = functools.cache(self._find_needed)
+        self._recordings = Recordings()
 
     def __call__(self, **inputs):
         """The result for the inputs, of which there may be more."""
         tensors = {number: x.value for number, x in self._variables.items()}
         tensors |= {number: inputs[name] for name, number in self._inputs.items()}
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
+        wanted = tuple(number for number, x in tensors.items() if x.requires_grad)
+        wanted = wanted if torch.is_grad_enabled() else ()
+        recording = self._recordings.find(self, tensors, wanted)
+        if recording is not None:
+            values = tuple(tensors.values())
+            return Replayed.apply(recording, *values) if wanted else recording(values)[0]
+        if wanted:
             return _Fused.apply(self, tuple(tensors), *tensors.values())
         tensors = {number: as_kernels_take_it(x) for number, x in tensors.items()}
         return self.evaluate(tensors, False)[0]

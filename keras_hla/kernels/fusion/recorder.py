@@ -17,12 +17,19 @@ class Recorder:
         self._stages = []
         self._variables = {}
         self._inputs = {}
+        self._constants = set()
         self._count = 0
 
-    def input(self, name):
-        """What stands for a tensor that a `Program` is called with."""
-        (self._inputs[name],) = self._numbers(1)
-        return self._inputs[name]
+    def input(self, name, constant=False):
+        """What stands for a tensor that a `Program` is called with, at each call the same or not.
+
+        The first is to be the sequences.
+        """
+        (number,) = self._numbers(1)
+        self._inputs[name] = number
+        if constant:
+            self._constants.add(number)
+        return number
 
     def variable(self, x):
         """What stands for a `keras.Variable`; `None` for `None`."""
@@ -34,7 +41,7 @@ class Recorder:
 
     def program(self):
         """The `Program` of all stages, whose result is that of the last."""
-        return Program(tuple(self._stages), self._variables, self._inputs)
+        return Program(tuple(self._stages), self._variables, self._inputs, self._constants)
 
     def project(self, x, *projections):
         """The products of `x` with the weights of `Dense` layers.

@@ -1,0 +1,223 @@
+"""Programs recorded as CUDA graphs, which the host starts by one call.
+
+A graph reads and writes at the addresses at which it was recorded. So a recording has an input of
+its own, into which each call copies; weights are read where they are; and results are copied out
+of buffers that all recordings of a stream share.
+"""
+
+import weakref
+
+import torch
+
+from keras_hla.kernels import cuda_graphs
+from keras_hla.kernels.fusion.graph_pool import can_capture, pool_of
+from keras_hla.kernels.launching.torch_launcher import as_kernels_take_it, refuse_second_gradients
+
+# Calls alike, one after the other, of which the last is recorded: shapes that change are not.
+_CALLS = 3
+# Elements of a sequence from which on a GPU takes longer to compute than the host to launch.
+_LARGEST = 1 << 25
+
+
+class Recordings:
+    """The recordings of one program: the latest with gradients, and the latest without."""
+
+    def __init__(self):
+        self._recordings = {}
+        self._last = {}  # the key of the last call without a recording, and how many it had
+        self._fits = True
+
+    def find(self, program, tensors, wanted):
+        """The recording of a program for such tensors, or `None` if there is none to be used.
+
+        Args:
+            program: the `Program`.
+            tensors: dictionary of what it reads, by number.
+            wanted: tuple of the numbers of those that have gradients.
+        """
+        if not cuda_graphs.is_cuda_graphs_enabled():
+            self._recordings.clear()
+            self._last.clear()
+            return None
+        if not (self._fits and _can_be_recorded(tensors[program.sequences])):
+            return None
+        key, kind = _key_of(program, tensors, wanted), bool(wanted)
+        recording = self._recordings.get(kind)
+        if recording is not None and recording.key == key:
+            self._last.pop(kind, None)
+            return None if recording.is_in_use() else recording
+        last, count = self._last.get(kind, (None, 0))
+        self._last[kind] = key, count + 1 if last == key else 1
+        if self._last[kind][1] < _CALLS or not _can_be_read(program, tensors):
+            return None
+        self._recordings.pop(kind, None)  # before there is another, for its memory
+        try:
+            self._recordings[kind] = Recording(program, tensors, wanted, key)
+        except torch.OutOfMemoryError:
+            self._fits = False
+        return self._recordings.get(kind)
+
+
+class Recording:
+    """A program for tensors of one kind, as a CUDA graph, and its gradients as another.
+
+    What gradients need stays in the graphs. So from a call until its gradients are computed, or
+    its output is let go of, the recording is in use.
+    """
+
+    def __init__(self, program, tensors, wanted, key):
+        self.key = key
+        self._numbers = tuple(tensors)
+        self._call = None  # a weak reference to the last one that may have gradients
+        self._pool = pool_of(tensors[program.sequences].device)
+        changing = program.changing_inputs
+        self._inputs = {n: tensors[n].detach().clone() for n in changing}
+        tensors = {n: x.detach() for n, x in tensors.items()} | self._inputs
+
+        # Once at once, which compiles the kernels.
+        output, kept, saved = program.evaluate(tensors, bool(wanted))
+        self._output = self._pool.buffer(output.shape, output.dtype)
+        if wanted:
+            self._gradient = torch.ones_like(self._output)
+            found = program.gradients({**tensors, **kept}, saved, self._gradient, wanted)
+            self._found = _Gradients(self._pool, found, changing)
+        del output, kept, saved
+
+        def evaluate():
+            output, *rest = program.evaluate(tensors, bool(wanted))
+            self._output.copy_(output)
+            return rest
+
+        def find_gradients():
+            kept, saved = self._kept
+            values = {**tensors, **kept}
+            self._found.store(program.gradients(values, saved, self._gradient, wanted))
+
+        # What gradients read is held, so that no graph has it overwritten by another's values.
+        self._forward, self._kept = self._pool.record(evaluate)
+        if wanted:
+            self._backward, _ = self._pool.record(find_gradients)
+
+    def is_in_use(self):
+        """Whether the gradients of the last call may yet be asked for."""
+        call = self._call and self._call()
+        return bool(call and not call.is_over)
+
+    def __call__(self, tensors):
+        """The output for the tensors in order, and what stands for the call."""
+        with self._pool.lock:
+            for number, x in zip(self._numbers, tensors, strict=True):
+                if number in self._inputs:
+                    self._inputs[number].copy_(x)
+            self._forward.replay()
+            output = self._output.clone()
+        read = zip(self._numbers, tensors, strict=True)
+        call = _Call([x for number, x in read if number not in self._inputs])
+        self._call = weakref.ref(call)
+        return output, call
+
+    def gradients(self, call, gradient):
+        """The gradients of the tensors in order, from that of the output of a call."""
+        if not self._call or self._call() is not call:
+            raise RuntimeError(
+                "The gradients of a layer were asked for a second time, after it had computed "
+                "other outputs, which took the place of what the gradients need. Call "
+                "`keras_hla.kernels.disable_cuda_graphs()` before the layer is called."
+            )
+        call.end()
+        with self._pool.lock:
+            self._gradient.copy_(gradient)
+            self._backward.replay()
+            found = self._found.copies()
+        return [found.get(number) for number in self._numbers]
+
+
+class _Call:
+    """One call, from its output to its gradients, and the weights that it reads."""
+
+    def __init__(self, weights):
+        self._weights = weights
+        self._versions = [x._version for x in weights]
+        self.is_over = False
+
+    def end(self):
+        if any(x._version != n for x, n in zip(self._weights, self._versions, strict=True)):
+            raise RuntimeError(
+                "Weights of a layer were changed in place between its call and the computation of "
+                "its gradients, which need them as they were."
+            )
+        self.is_over = True
+
+
+class _Gradients:
+    """Those that a graph computes, in buffers that all graphs share."""
+
+    def __init__(self, pool, found, inputs):
+        self._inputs = {n: pool.buffer(x.shape, x.dtype) for n, x in found.items() if n in inputs}
+        # Those of weights are many and small: one after the other in a buffer for each dtype.
+        self._weights = {}
+        for dtype in {x.dtype for n, x in found.items() if n not in inputs}:
+            shapes = {n: x.shape for n, x in found.items() if n not in inputs and x.dtype == dtype}
+            size = sum(shape.numel() for shape in shapes.values())
+            self._weights[dtype] = shapes, pool.buffer((size,), dtype)
+
+    def store(self, found):
+        for number, buffer in self._inputs.items():
+            buffer.copy_(found[number])
+        for shapes, buffer in self._weights.values():
+            torch.cat([found[number].reshape(-1) for number in shapes], out=buffer)
+
+    def copies(self):
+        found = {number: buffer.clone() for number, buffer in self._inputs.items()}
+        for shapes, buffer in self._weights.values():
+            parts = buffer.clone().split([shape.numel() for shape in shapes.values()])
+            parts = zip(shapes.items(), parts, strict=True)
+            found |= {number: part.view(shape) for (number, shape), part in parts}
+        return found
+
+
+class Replayed(torch.autograd.Function):
+    """A call of a recording, with gradients."""
+
+    @staticmethod
+    def forward(ctx, recording, *tensors):
+        ctx.recording = recording
+        output, ctx.call = recording(tensors)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch.is_grad_enabled():  # with `create_graph=True`
+            refuse_second_gradients()
+        found = ctx.recording.gradients(ctx.call, gradient)
+        return None, *(
+            x if n else None for x, n in zip(found, ctx.needs_input_grad[1:], strict=True)
+        )
+
+
+def _can_be_recorded(x):
+    """Whether a call is of the size, and in a place, in which it may be recorded or replayed."""
+    return (
+        x.numel() <= _LARGEST
+        and can_capture(x.device)
+        and not torch.is_autocast_enabled(x.device.type)
+        # As those of `torch.utils.checkpoint`, which would find nothing that is saved.
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    )
+
+
+def _can_be_read(program, tensors):
+    """Whether kernels take weights as they are."""
+    changing = program.changing_inputs
+    return all(as_kernels_take_it(x) is x for n, x in tensors.items() if n not in changing)
+
+
+def _key_of(program, tensors, wanted):
+    """What has to be the same from call to call."""
+    changing = program.changing_inputs
+    return (
+        wanted,
+        pool_of(tensors[program.sequences].device),  # one for each stream
+        torch.get_float32_matmul_precision(),
+        [(x.shape, x.dtype) if n in changing else x.data_ptr() for n, x in tensors.items()],
+    )
