@@ -9,13 +9,11 @@ import functools
 import triton
 import triton.language as tl
 
-from keras_hla.kernels.device import interpreted
 from keras_hla.kernels.launching import KernelFunction, Launch, block_of
 from keras_hla.kernels.stages.convolution import load_token, mix
 from keras_hla.kernels.stages.tiles import dtype_of, like, silu, silu_gradient
 
-# Of a tile, and its warps: fewer tokens have shorter products, that move rows, in the gradient.
-_TOKENS, _WARPS = 32, 2
+_TOKENS = 32  # of a tile
 
 
 @triton.jit
@@ -160,7 +158,6 @@ def operands_gradient_kernel(
     VALUE_DIM: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PRODUCT: tl.constexpr,
 ):
     """The gradient of the projections, and for each tile of tokens that of the kernel.
 
@@ -196,21 +193,8 @@ def operands_gradient_kernel(
         _kernel_gradient(
             gb, x, segments, token, second, end[1], own, length, dkernel, features, SIZE, SEGMENTS
         )
-        ga, gb = _gather(
-            ga,
-            gb,
-            kernel,
-            segments,
-            token,
-            first,
-            second,
-            end,
-            length,
-            features,
-            SIZE,
-            SEGMENTS,
-            PRODUCT,
-        )
+        ga = _gather(ga, kernel, segments, token, first, end[0], length, features, SIZE, SEGMENTS)
+        gb = _gather(gb, kernel, segments, token, second, end[1], length, features, SIZE, SEGMENTS)
     dx += row * length * features
     inside = inside & own[:, None]
     tokens = token[:, None] * features
@@ -243,49 +227,34 @@ def _kernel_gradient(
 
 @triton.jit
 def _gather(
-    ga,
-    gb,
+    g,
     kernel,
     segments,
     token,
-    first,
-    second,
+    feature,
     end,
     length,
     FEATURES: tl.constexpr,
     SIZE: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    PRODUCT: tl.constexpr,
 ):
-    """What tokens get from those of the tile that read them, for both halves of the features."""
-    index = tl.arange(0, token.shape[0])
-    da, db = tl.zeros(ga.shape, tl.float32), tl.zeros(gb.shape, tl.float32)
-    own = index
-    if SEGMENTS:
-        own = tl.load(segments + token, mask=token < length, other=-1)
+    """What tokens get from those of the tile that read them."""
+    TOKENS: tl.constexpr = token.shape[0]
+    index = tl.arange(0, TOKENS)
+    total = tl.zeros(g.shape, tl.float32)
     for j in tl.static_range(SIZE):
-        # Rows move up by j in a product with a matrix of zeros and ones, which is exact.
-        reads = index[None, :] == index[:, None] + j
+        later = g
+        if j > 0:
+            # The last rows, which have their place in the next tile, are not right.
+            row = tl.minimum(index + j, TOKENS - 1)[:, None]
+            later = tl.gather(g, tl.broadcast_to(row, g.shape), 0)
         if SEGMENTS:
-            reads = reads & (own[:, None] == own[None, :])
-        w = kernel + (SIZE - 1 - j) * FEATURES
-        wa = tl.load(w + first, mask=first < end[0], other=0.0).to(tl.float32)
-        wb = tl.load(w + second, mask=second < end[1], other=0.0).to(tl.float32)
-        da += wa[None, :] * _times(reads, ga, PRODUCT)
-        db += wb[None, :] * _times(reads, gb, PRODUCT)
-    return da, db
-
-
-@triton.jit
-def _times(reads, g, PRODUCT: tl.constexpr):
-    """The product with a matrix of zeros and ones, more accurate than a `g` in bfloat16."""
-    if tl.float32 == PRODUCT:
-        return tl.dot(reads.to(tl.float32), g, input_precision="tf32x3")
-    else:
-        rounded = g.to(tl.bfloat16)
-        reads = reads.to(tl.bfloat16)
-        rest = (g - rounded.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(reads, rest, tl.dot(reads, rounded))
+            own = tl.load(segments + token, mask=token < length, other=-1)
+            other = tl.load(segments + token + j, mask=token + j < length, other=-1)
+            later = tl.where((own == other)[:, None], later, 0.0)
+        w = tl.load(kernel + (SIZE - 1 - j) * FEATURES + feature, mask=feature < end, other=0.0)
+        total += w[None, :].to(tl.float32) * later
+    return total
 
 
 @functools.lru_cache(maxsize=256)
@@ -316,14 +285,12 @@ def _launch(shape, dtype, size, segments, shared, options, backward):
     own = tokens - (constants["SIZE"] - 1 if backward else 0)
     tiles = batch * -(-length // own)
     grid = (tiles * (heads + 2 * key_heads),)
-    warps = {"num_warps": _WARPS}
     if not backward:
-        return Launch(operands_kernel, grid, (length,), tuple(operands), constants, warps)
+        options = {"num_warps": 2}
+        return Launch(operands_kernel, grid, (length,), tuple(operands), constants, options)
     partial = ((tiles, size, features), "float32") if size else None
-    exact = dtype != "bfloat16" or interpreted()  # as the interpreter multiplies no bfloat16
-    constants["PRODUCT"] = tl.float32 if exact else tl.bfloat16
-    outputs = ((shape, dtype), partial)
-    return Launch(operands_gradient_kernel, grid, (length,), outputs, constants, warps)
+    outputs, options = ((shape, dtype), partial), {"num_warps": 1}
+    return Launch(operands_gradient_kernel, grid, (length,), outputs, constants, options)
 
 
 def _arguments(options, tensors, backward):
