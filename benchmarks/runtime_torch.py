@@ -1,5 +1,6 @@
 """See `benchmarks.runtime`."""
 
+import gc
 import itertools
 
 import torch
@@ -84,6 +85,7 @@ def added_memory(call, arguments):
     enable_cuda_graphs()
     for _ in range(_CALLS_UNTIL_RECORDED):
         call(*arguments)
+    gc.collect()  # as some layers leave cycles of what they computed
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     call(*arguments)
