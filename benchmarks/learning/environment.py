@@ -1,5 +1,7 @@
 """On what a replicate was trained."""
 
+import platform
+
 import jax
 import keras
 
@@ -11,6 +13,7 @@ def describe():
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        "python": platform.python_version(),
         "keras": keras.__version__,
         "keras_hla": keras_hla.__version__,
     }

@@ -3,8 +3,18 @@
 import importlib
 
 SIZES = ("small", "full")
+#: The file of each task.
 TASKS = {
     "mqar": "mqar",
+    "language": "language",
+    "series": "series",
+    "parity": "state_tracking",
+    "s3": "state_tracking",
+    "s5": "state_tracking",
+    "selective_copy": "selective_copy",
+    "in_context_recall": "in_context_recall",
+    "copy": "copying",
+    "far": "far",
 }
 
 
