@@ -18,6 +18,8 @@ import time
 
 MIXERS = "hla2+conv,ahla+conv,linear+conv,hla2+conv+rope,block_default,hla_default,softmax+conv,gru"
 
+COMPLETE, FAILED, NO_TIME = 0, 1, 3  # exit statuses
+
 
 def names(text):
     return [name for name in text.split(",") if name]
@@ -76,9 +78,17 @@ def main(argv=None):
     task = _changed(tasks.make(arguments.task, arguments.size), arguments)
     records = Records(arguments.out, task.name)
     deadline = time.perf_counter() + 60 * (arguments.minutes or float("inf"))
-    complete = all(_train(task, name, records, arguments, deadline) for name in arguments.mixers)
+    status = COMPLETE
+    for name in arguments.mixers:
+        try:
+            complete = _train(task, name, records, arguments, deadline)
+        except RuntimeError as error:  # of JAX, as where the memory is too small; others may fit
+            print(f"{name}: {str(error)[:500]}", file=sys.stderr, flush=True)
+            status = FAILED
+        else:
+            status = status if complete else status or NO_TIME
     report.show(task, records, arguments.out)
-    return 0 if complete else 3
+    return status
 
 
 def _changed(task, arguments):
@@ -104,9 +114,9 @@ def _train(task, mixer, records, arguments, deadline):
         "batch": task.train.shape[0],
         "dtype": arguments.dtype,
     }
-    trainer, seconds = None, _seconds_before(records, task)
+    trainer = None
     while replicates := schedule.missing(records, settings, task.rates, arguments.seeds):
-        if time.perf_counter() + seconds * arguments.at_once > deadline:
+        if time.perf_counter() + _expected_seconds(records, task, mixer) > deadline:
             print(f"{mixer}: no time left for {len(replicates)} replicates", flush=True)
             return False
         trainer = trainer or Trainer(task, mixer, arguments.at_once)
@@ -117,23 +127,23 @@ def _train(task, mixer, records, arguments, deadline):
             for x in outcomes
         ]
         records.add(rows)
-        seconds = rows[-1]["seconds"]
         for row in rows:
             _print(task, row)
     return True
 
 
-def _seconds_before(records, task):
-    """The seconds of the last replicate of a task, or none."""
+def _expected_seconds(records, task, mixer):
+    """What the replicates that are trained at once took, by this mixer or else by the last one."""
     rows = records.find({"steps": task.steps, "width": task.width})
-    return float(rows[-1]["seconds"]) if rows else 0.0
+    last = [row for row in rows if row["mixer"] == mixer] or rows[-1:]
+    return max((float(row["seconds"]) for row in last), default=0.0)
 
 
 def _print(task, row):
     tested = ", ".join(f"{name} {row[f'{task.metric} {name}']:.4g}" for name in task.tests)
     print(
         f"{row['mixer']}, rate {row['rate']:g}, seed {row['seed']}: {task.metric} {tested}; "
-        f"validation loss {row['valid loss']:.4g}; {row['seconds']:.1f} s",
+        f"validation loss {row['valid loss']:.4g}; together {row['seconds']:.0f} s",
         flush=True,
     )
 

@@ -14,7 +14,7 @@ from benchmarks.learning.delta_rule import gated_delta_rule
 from keras_hla import stages
 from keras_hla.layers.rms_normalization import RMSNormalization
 from keras_hla.layers.short_convolution import ShortConvolution
-from keras_hla.stages.rotary import rotation_from_start, turns_of
+from keras_hla.stages.rotary import rotation, rotation_from_start, turns_of
 
 KERNEL_SIZE = 4
 QUERIES_AT_ONCE = 512
@@ -26,6 +26,7 @@ class Projected(layers.Layer):
     def __init__(self, heads, dim, conv, **kwargs):
         super().__init__(**kwargs)
         self.heads, self.dim, self.conv = heads, dim, conv
+        self.supports_masking = True
 
     def build(self, shape):
         width = self.heads * self.dim
@@ -59,8 +60,11 @@ class Attention(Projected):
 
     def call(self, x, mask=None):
         query, key, value = self.project(x, mask)
-        length = x.shape[1]
-        cos, sin = rotation_from_start(length, turns_of(self.dim, 10_000), "float32")
+        turns = turns_of(self.dim, 10_000)
+        if mask is None:
+            cos, sin = rotation_from_start(x.shape[1], turns, "float32")
+        else:  # positions among the unmasked
+            cos, sin = rotation(None, jnp.cumsum(mask, axis=1) - 1.0, turns)
         query = stages.rotate(query, cos, sin, self.dim**-0.5)
         key = stages.rotate(key, cos, sin)
         return self.finish(_attend(query, key, value, mask))
@@ -140,6 +144,10 @@ class GatedDelta(Projected):
 
 class GRU(layers.Layer):
     """`keras.layers.GRU` of two thirds of the width, and a projection back: 4 width² weights."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
 
     def build(self, shape):
         width = shape[-1]

@@ -50,9 +50,12 @@ class Trainer:
         self.hidden = models.hidden_size(task, mixer)
         self.model = self._make(0)
         self.fixed = [x.value for x in self.model.non_trainable_variables]
-        side_by_side = self._side_by_side
+        side_by_side = partial(replicated, at_once)
         self._train = jax.jit(side_by_side(self._many_steps, (0, None, 0, 0)), donate_argnums=0)
-        self._test = jax.jit(self._run_test, static_argnums=(1, 4))
+        self._tests = {
+            kind: jax.jit(side_by_side(partial(self._one_test, *kind), (0, None, None)))
+            for kind in {(x.shape, x.batches) for x in (task.valid, *task.tests.values())}
+        }
 
     def describe(self):
         """Columns that all replicates share."""
@@ -74,7 +77,7 @@ class Trainer:
             carry, means = self._train(carry, first, rates, seeds)
             seen.append(np.asarray(means, "float64"))  # (replicates, 2): loss and metric
         columns = self._measure(carry[0])
-        seconds = (time.perf_counter() - begin) / len(replicates)
+        seconds = time.perf_counter() - begin  # of all together, with the time of compiling
         curve = np.stack(seen, axis=1)
         return [
             Outcome(
@@ -96,20 +99,6 @@ class Trainer:
             for seed in {x.seed for x in replicates}
         }
         return [jnp.stack(x) for x in zip(*(drawn[x.seed] for x in replicates), strict=True)]
-
-    def _side_by_side(self, function, axes):
-        """`function` of arguments that have a first axis of replicates where `axes` is 0."""
-        if self.at_once > 1:
-            return jax.vmap(function, axes)
-
-        def alone(*arguments):
-            first = [
-                jax.tree.map(lambda x: x[0], value) if axis == 0 else value
-                for value, axis in zip(arguments, axes, strict=True)
-            ]
-            return jax.tree.map(lambda x: x[None], function(*first))
-
-        return alone
 
     def _many_steps(self, carry, first, rate, seed):
         """Some steps of one replicate; and the means of its losses and metrics."""
@@ -145,16 +134,15 @@ class Trainer:
         return columns
 
     def _evaluate(self, weights, split, seed):
-        choice = jnp.asarray(split.choice)
-        tested = self._test(weights, split.shape, choice, seed, split.batches)
-        return np.asarray(tested, "float64")
+        test = self._tests[split.shape, split.batches]
+        return np.asarray(test(weights, jnp.asarray(split.choice), seed), "float64")
 
-    def _run_test(self, weights, shape, choice, seed, batches):
+    def _one_test(self, shape, batches, weights, choice, seed):
+        """The means of the loss and the metric of one replicate."""
+
         def one_batch(_, number):
             key = jax.random.fold_in(jax.random.key(seed), number)
-            batch = self.task.draw(key, shape, choice)
-            measure = self._side_by_side(lambda x: self._measures(x, batch)[1], (0,))
-            return None, measure(weights)
+            return None, self._measures(weights, self.task.draw(key, shape, choice))[1]
 
         return jnp.mean(jax.lax.scan(one_batch, None, jnp.arange(batches))[1], axis=0)
 
@@ -171,6 +159,34 @@ class Trainer:
             passed = np.flatnonzero(metrics >= LEARNED)
             columns["steps to 0.99"] = (passed[0] + 1) * self.dispatched if passed.size else ""
         return columns | {"curve": " ".join(f"{x:.4g}" for x in metrics)}
+
+
+def replicated(count, function, axes):
+    """`function` of `count` replicates, for arguments that have a first axis where `axes` is 0.
+
+    They are shared out between the devices, where these divide their number.
+    """
+    if count == 1:
+        return _alone(function, axes)
+    devices = jax.devices()
+    function = jax.vmap(function, axes)
+    if len(devices) == 1 or count % len(devices):
+        return function
+    mesh = jax.sharding.Mesh(np.array(devices), ("replicates",))
+    ours, everyones = jax.P("replicates"), jax.P()
+    specs = tuple(ours if axis == 0 else everyones for axis in axes)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=ours, check_vma=False)
+
+
+def _alone(function, axes):
+    def call(*arguments):
+        first = [
+            jax.tree.map(lambda x: x[0], value) if axis == 0 else value
+            for value, axis in zip(arguments, axes, strict=True)
+        ]
+        return jax.tree.map(lambda x: x[None], function(*first))
+
+    return call
 
 
 def _errors(metric, outputs, targets):
