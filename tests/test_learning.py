@@ -153,18 +153,31 @@ def test_gated_delta_rule(rng):
     assert relative_error(gated_delta_rule(q, k, v, log_decay, rate), expected) <= 1e-5
 
 
+#: What is added to second order: the prior of the moment, and first order.
+ADDED = {
+    "hla2_prior0.3": (0.3, 0),
+    "hla2_prior": (1, 0),
+    "hla2_prior3": (3, 0),
+    "hla2_first": (0, 1),
+    "hla2_prior_first": (1, 1),
+}
+
+
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_candidates(rng, name):
-    candidate = CANDIDATES[name]
     q, k, v = random_heads(rng, 2, 40, 2, 4)
     log_decay = -rng.exponential(0.1, (2, 40, 2)).astype("float32")
     total = log_decay.astype("float64").cumsum(axis=1).transpose(0, 2, 1)
     A = np.einsum("bthd,bihd->bhti", q, k, dtype="float64")
     T = np.einsum("bthd,bihd->bhti", q, q, dtype="float64")
     D = np.tril(np.exp(np.minimum(total[..., :, None] - total[..., None, :], 0)))
-    order = np.triu(np.ones((40, 40)))  # i <= j
-    w = np.einsum("bhti,bhji,bhti,bhtj,ij->bhtj", A, A, D, D, order)
-    w += candidate.prior * D**2 * T + candidate.first * D * A
+    if name == "ahla_first":
+        w = (D * A) @ (D * A) + D * A
+    else:
+        order = np.triu(np.ones((40, 40)))  # i <= j
+        w = np.einsum("bhti,bhji,bhti,bhtj,ij->bhtj", A, A, D, D, order)
+        prior, first = ADDED[name]
+        w += prior * D**2 * T + first * D * A
     expected = np.einsum("bhtj,bjhd->bthd", w, v)
     for form, chunk_size in (("chunked", 7), ("recurrent", None), ("matrix", None)):
         options = {"chunk_size": chunk_size} if chunk_size else {}

@@ -1,13 +1,13 @@
-"""Candidates for the package, as custom operators: second order and a part of lower order."""
+"""Candidates for the package, as custom operators: second order and terms of lower order."""
 
 import dataclasses
 
 from keras_hla import operators
-from keras_hla.operators import Operator, outer, read, scores
+from keras_hla.operators import AHLA, Operator, outer, read, scores
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate(Operator):
+class HLA2WithLower(Operator):
     """`hla2` whose moment starts at `λ I`, and beside it first order, `μ LA(q, k, v)`.
 
     The moment reads `u_j = (S_j + λ I) q_j`: `S` as if it began from `λ I`, which does not decay.
@@ -47,12 +47,33 @@ class Candidate(Operator):
         return output + self.first * direct, (S, F, H)
 
 
+@dataclasses.dataclass(frozen=True)
+class AHLAWithFirst(AHLA):
+    """`ahla` and first order beside it, `μ LA(q, k, v)`, which its first pass computes anyway."""
+
+    first: float = 1.0
+
+    def weights(self, query, key, decay):
+        return super().weights(query, key, decay) + self.first * decay * scores(query, key)
+
+    def step(self, state, query, key, value, decay):
+        output, (P, E) = super().step(state, query, key, value, decay)
+        return output + self.first * read(P, query), (P, E)
+
+    def chain(self, scan, state, query, key, value):
+        P, E = state
+        answer, P = scan(query, key, value, P)
+        output, E = scan(query, key, answer, E)
+        return output + self.first * answer, (P, E)
+
+
 CANDIDATES = {
-    "hla2_prior0.3": Candidate(prior=0.3),
-    "hla2_prior": Candidate(prior=1.0),
-    "hla2_prior3": Candidate(prior=3.0),
-    "hla2_first": Candidate(first=1.0),
-    "hla2_prior_first": Candidate(prior=1.0, first=1.0),
+    "hla2_prior0.3": HLA2WithLower(prior=0.3),
+    "hla2_prior": HLA2WithLower(prior=1.0),
+    "hla2_prior3": HLA2WithLower(prior=3.0),
+    "hla2_first": HLA2WithLower(first=1.0),
+    "hla2_prior_first": HLA2WithLower(prior=1.0, first=1.0),
+    "ahla_first": AHLAWithFirst(),
 }
 for _name, _operator in CANDIDATES.items():
     operators.register(_name, _operator)
