@@ -109,7 +109,7 @@ class GatedDelta(Projected):
     def build(self, shape):
         super().build(shape)
         self.rate_dense = layers.Dense(self.heads)
-        spread = jnp.linspace(2.0, 6.0, self.heads)  # as the logits of `decay="input"`
+        spread = jnp.linspace(7.0, 3.0, self.heads)  # decays from 0.999 to 0.95
         self.decay_dense = layers.Dense(
             self.heads,
             kernel_initializer="zeros",

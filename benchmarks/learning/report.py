@@ -10,12 +10,14 @@ from benchmarks.learning.schedule import best_rate
 class Line(NamedTuple):
     """A mixer in one setting, at its best learning rate.
 
-    `tests` are the values of all seeds by the name of the test, `steps` those to 0.99.
+    `edge` tells whether that rate was the smallest or the largest that was tried. `tests` are the
+    values of all seeds by the name of the test, `steps` those to 0.99.
     """
 
     mixer: str
     settings: dict
     rate: float
+    edge: bool
     weights: int
     state: int
     tests: dict
@@ -34,6 +36,7 @@ def lines(rows, metric):
 
 def _line(rows, metric):
     rate = best_rate(rows)
+    tried = {float(row["rate"]) for row in rows}
     best = [row for row in rows if float(row["rate"]) == rate]
     tests = {
         name.removeprefix(f"{metric} "): [float(row[name]) for row in best]
@@ -44,6 +47,7 @@ def _line(rows, metric):
         best[0]["mixer"],
         {name: best[0][name] for name in SETTINGS},
         rate,
+        len(tried) > 1 and rate in (min(tried), max(tried)),
         int(best[0]["weights"]),
         int(best[0]["state"]),
         tests,
@@ -61,13 +65,15 @@ def spread(values):
 def table(found):
     """The lines as a table of Markdown."""
     tests = list(dict.fromkeys(name for line in found for name in line.tests))
-    head = ["mixer", "width", "weights", "state", "rate", "seeds", *tests, "steps to 0.99"]
+    stepped = any(any(line.steps) for line in found)
+    head = ["mixer", "width", "weights", "state", "rate", "seeds", *tests]
+    head += ["steps to 0.99"] * stepped
     text = [head, ["---"] * len(head)]
     for line in found:
         cells = [line.mixer, line.settings["width"], f"{line.weights:,}", f"{line.state:,}"]
-        cells += [f"{line.rate:g}", str(len(line.curves))]
+        cells += [f"{line.rate:g}" + " (edge)" * line.edge, str(len(line.curves))]
         cells += ["{:.4g} ± {:.2g}".format(*spread(line.tests[name])) for name in tests]
-        cells.append(_steps(line.steps))
+        cells += [_steps(line.steps)] * stepped
         text.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in text)
 
