@@ -2,8 +2,9 @@
 
 The files `*.py` of the folder of the standard library, in the order of their names, are shuffled by
 a fixed seed and joined. The last 5 % of the files are held out: learning rates are compared on the
-first half of their bytes, and tests read the second half. A sequence is a random window, and every
-byte is to be predicted from those before it.
+first half of their bytes, and tests read the second half. The windows of a
+batch start at random places, one in each of as many equal parts of the text, so that tests of all
+lengths read much the same bytes. Every byte is to be predicted from those before it.
 
 The text depends on the version of Python, which the records hold.
 """
@@ -64,6 +65,7 @@ def draw(text, key, shape, choice):
     """A batch of `shape`: windows and their length; `choice`: where the part begins and ends."""
     windows, length = shape
     begin, end = jnp.asarray(choice, "int32")
-    starts = jax.random.randint(key, (windows,), begin, end - length)
+    part = (jnp.arange(windows) + jax.random.uniform(key, (windows,))) / windows
+    starts = begin + jnp.asarray(part * (end - begin - length - 1), "int32")
     window = text[starts[:, None] + jnp.arange(length + 1)].astype("int32")
     return Batch(window[:, :-1], window[:, 1:], jnp.ones((windows, length)))
