@@ -2,9 +2,9 @@
 
 The files `*.py` of the folder of the standard library, in the order of their names, are shuffled by
 a fixed seed and joined. The last 5 % of the files are held out: learning rates are compared on the
-first half of their bytes, and tests read the second half. The windows of a
-batch start at random places, one in each of as many equal parts of the text, so that tests of all
-lengths read much the same bytes. Every byte is to be predicted from those before it.
+first half of their bytes, and tests read the second half. The windows of a batch start at random
+places, one in each of as many equal parts of the text, so that tests of all lengths read much the
+same bytes. Every byte is to be predicted from those before it.
 
 The text depends on the version of Python, which the records hold.
 """
