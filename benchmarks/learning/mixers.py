@@ -1,0 +1,69 @@
+"""Mixers by name: an operator and options, `hla2+conv+decay`, or a peer.
+
+An option that is not named is off.
+"""
+
+import math
+from typing import Any
+
+from benchmarks.learning import peers
+from benchmarks.learning.operators import CANDIDATES
+from keras_hla.layers import HLA
+
+OPERATORS = ("hla2", "ahla", "hla3", "linear", *CANDIDATES)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "conv": {"conv_kernel_size": 4},
+    "rope": {"rope_max_wavelength": 10_000},
+    "decay": {"decay": "input"},
+    "multiscale": {"decay": "multiscale"},
+    "gate": {"output_gate": "silu"},
+    "qk_norm": {"qk_norm": True},
+    "ridge": {"ridge": 1.0},
+    "unmasked": {"masked": False},
+}
+ALIASES = {"hla_default": "hla2+rope", "block_default": "hla2+rope+decay+conv"}
+PEERS = {
+    "softmax": lambda heads, dim: peers.Attention(heads, dim, conv=False),
+    "softmax+conv": lambda heads, dim: peers.Attention(heads, dim, conv=True),
+    "delta": lambda heads, dim: peers.GatedDelta(heads, dim, gate=False),
+    "delta+gate": peers.GatedDelta,
+    "gru": lambda heads, dim: peers.GRU(),
+}
+
+
+def check(name):
+    """Raises a `ValueError` where there is no mixer of that name."""
+    base, *options = ALIASES.get(name, name).split("+")
+    known = base in OPERATORS and set(options) <= set(OPTIONS)
+    if name not in PEERS and not known:
+        raise ValueError(
+            f"A mixer must be one of {sorted([*PEERS, *ALIASES])}, or one of {sorted(OPERATORS)} "
+            f"followed by options of {sorted(OPTIONS)}, as in 'hla2+conv'. Received: {name!r}"
+        )
+
+
+def make(name, heads, dim, implementation="portable"):
+    """The layer of a name."""
+    check(name)
+    if name in PEERS:
+        return PEERS[name](heads, dim)
+    base, *options = ALIASES.get(name, name).split("+")
+    arguments: dict[str, Any] = {"rope_max_wavelength": None}
+    for option in options:
+        arguments |= OPTIONS[option]
+    return HLA(
+        heads,
+        dim,
+        operator=base,
+        use_bias=False,
+        remat_length=None,
+        implementation=implementation,
+        **arguments,
+    )
+
+
+def state_size(layer, length):
+    """How many numbers a layer keeps of the past, after so many tokens."""
+    if isinstance(layer, HLA):
+        return sum(math.prod(size) for size in layer.cell.state_size)
+    return layer.state_size(length)

@@ -1,0 +1,88 @@
+"""What a task is: how its batches are drawn, what is measured on them, and the model it is for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Batch(NamedTuple):
+    """What a model reads and what it should answer.
+
+    Args:
+        inputs: tokens, `(batch, length)`, or numbers, `(batch, length, features)`.
+        targets: what is asked: tokens, or numbers, `(batch, places)`.
+        weights: which of them count, `(batch, places)`: one, or zero.
+        places: where in the sequence they are asked, `(batch, places)`. `None` is everywhere.
+        mask: true where the input is not to be skipped, `(batch, length)`, or `None`.
+    """
+
+    inputs: Any
+    targets: Any
+    weights: Any
+    places: Any = None
+    mask: Any = None
+
+
+class Split(NamedTuple):
+    """A kind of batch.
+
+    Args:
+        shape: tuple of whole numbers, the batch size first: what is compiled depends on them.
+        choice: tuple of numbers on which that does not depend.
+        batches: how many of them are a test.
+    """
+
+    shape: tuple
+    choice: tuple = ()
+    batches: int = 4
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task in one size.
+
+    Args:
+        name: its name.
+        metric: `"accuracy"`, `"bits"` or `"error"`, the mean square.
+        draw: `draw(key, shape, choice)` returns a `Batch`; JAX traces it.
+        train: the `Split` of the steps.
+        valid: the one by which learning rates are compared.
+        tests: those that are reported, by name.
+        inputs: number of different tokens; or of features, for an error.
+        outputs: number of different answers, or of numbers.
+        steps: of training.
+        rates: the learning rates that are tried.
+        width: features of the model.
+        heads: number of heads.
+        layers: number of blocks.
+        mlp: whether a block has an MLP.
+        masked: whether batches have a mask.
+        train_length: longest sequence of training.
+        placed: whether batches have places.
+    """
+
+    name: str
+    metric: str
+    draw: Callable
+    train: Split
+    valid: Split
+    tests: dict
+    inputs: int
+    outputs: int
+    steps: int
+    rates: tuple = (1e-3, 2e-3, 4e-3, 8e-3)
+    width: int = 64
+    heads: int = 1
+    layers: int = 2
+    mlp: bool = True
+    train_length: int = 256
+    masked: bool = False
+    placed: bool = True
+
+
+def draw_distinct(key, count, limit, sequences):
+    """`count` different whole numbers below `limit` for each sequence, in random order."""
+    noise = jax.random.uniform(key, (sequences, limit))
+    return jax.lax.top_k(noise, count)[1]
