@@ -6,7 +6,7 @@ For each mixer some learning rates are tried with one seed; the one of the small
 is trained with the other seeds. Each replicate is a row of FOLDER/TASK.csv, and what is there is
 not trained again. At the end the table is printed and drawn. Mixers: an operator with options, as
 in hla2+conv+decay (conv, rope, decay, multiscale, gate, qk_norm, ridge, unmasked), hla_default,
-block_default, softmax, softmax+conv, delta, delta+gate, gru.
+block_default, linear+conv/hla2+conv layer by layer, softmax, softmax+conv, delta, delta+gate, gru.
 """
 
 import argparse

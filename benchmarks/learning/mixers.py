@@ -1,6 +1,6 @@
 """Mixers by name: an operator and options, `hla2+conv+decay`, or a peer.
 
-An option that is not named is off.
+An option that is not named is off. `linear+conv/hla2+conv` is the one and the other, layer by layer.
 """
 
 import math
@@ -31,8 +31,19 @@ PEERS = {
 }
 
 
+def of_layer(name, number):
+    """The mixer of a layer, of which the first is 0."""
+    parts = name.split("/")
+    return parts[number % len(parts)]
+
+
 def check(name):
     """Raises a `ValueError` where there is no mixer of that name."""
+    for part in name.split("/"):
+        _check(part)
+
+
+def _check(name):
     base, *options = ALIASES.get(name, name).split("+")
     known = base in OPERATORS and set(options) <= set(OPTIONS)
     if name not in PEERS and not known:

@@ -53,8 +53,9 @@ def make(task, mixer, hidden, implementation="portable"):
     places = keras.Input((None,), dtype="int32") if task.placed else None
     mask = keras.Input((None,), dtype="bool") if task.masked else None
     inputs += [x for x in (places, mask) if x is not None]
-    for _ in range(task.layers):
-        layer = mixers.make(mixer, task.heads, task.width // task.heads, implementation)
+    for number in range(task.layers):
+        name = mixers.of_layer(mixer, number)
+        layer = mixers.make(name, task.heads, task.width // task.heads, implementation)
         x = Block(layer, hidden)(x, mask=mask)
     if places is not None:
         x = ops.take_along_axis(x, places[..., None], axis=1)
@@ -81,6 +82,6 @@ def inputs_of(batch):
 
 
 def state_size(model, length):
-    """How many numbers each mixer of a model keeps of the past."""
-    block = next(layer for layer in model.layers if isinstance(layer, Block))
-    return mixers.state_size(block.mixer, length)
+    """How many numbers a mixer of a model keeps of the past, the mean of its layers."""
+    blocks = [layer for layer in model.layers if isinstance(layer, Block)]
+    return sum(mixers.state_size(block.mixer, length) for block in blocks) // len(blocks)

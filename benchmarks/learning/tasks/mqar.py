@@ -48,7 +48,7 @@ def make(name, size):
         inputs=vocabulary,
         outputs=vocabulary,
         steps=steps,
-        rates=(2e-3, 5e-3, 1e-2, 2e-2),
+        rates=(2e-3, 5e-3, 1e-2, 2e-2) if size == "small" else (5e-4, 1e-3, 2e-3, 5e-3),
         train_length=max(length for length, _ in kinds),
         width=64 if size == "small" else 128,
         heads=1 if size == "small" else 2,
