@@ -142,6 +142,18 @@ def test_without_gradients(rng, replayed):
     assert len(set(replayed)) == 2
 
 
+def test_recorded_in_inference_mode(rng, replayed):
+    layer = make()
+    with torch.inference_mode():
+        for _ in range(3):
+            layer(draw(rng))
+    x = draw(rng)
+    with torch.no_grad():
+        output = layer(x)
+    assert_equal([output], by_launches(layer, x)[:1])
+    assert len(replayed) == 2
+
+
 def test_outputs_are_not_overwritten(rng, replayed):
     layer = make()
     warm_up(rng, layer)

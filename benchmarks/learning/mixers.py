@@ -1,6 +1,6 @@
 """Mixers by name: an operator and options, `hla2+conv+decay`, or a peer.
 
-An option that is not named is off. `linear+conv/hla2+conv` is the one and the other, layer by layer.
+An option that is not named is off. `linear+conv/hla2+conv` is one and the other, layer by layer.
 """
 
 import math

@@ -59,7 +59,7 @@ class Program:
         recording = self._recordings.find(self, tensors, wanted)
         if recording is not None:
             values = tuple(tensors.values())
-            return Replayed.apply(recording, *values) if wanted else recording(values)[0]
+            return Replayed.apply(recording, *values) if wanted else recording(values)
         if wanted:
             return _Fused.apply(self, tuple(tensors), *tensors.values())
         tensors = {number: as_kernels_take_it(x) for number, x in tensors.items()}

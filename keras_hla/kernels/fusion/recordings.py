@@ -52,7 +52,8 @@ class Recordings:
             return None
         self._recordings.pop(kind, None)  # before there is another, for its memory
         try:
-            self._recordings[kind] = Recording(program, tensors, wanted, key)
+            with torch.inference_mode(False):  # in which buffers could not be written to later
+                self._recordings[kind] = Recording(program, tensors, wanted, key)
         except torch.OutOfMemoryError:
             self._fits = False
         return self._recordings.get(kind)
@@ -78,7 +79,8 @@ class Recording:
         output, kept, saved = program.evaluate(tensors, bool(wanted))
         self._output = self._pool.buffer(output.shape, output.dtype)
         if wanted:
-            self._gradient = torch.ones_like(self._output)
+            # Each is read before the other is there, so that one buffer may be both.
+            self._gradient = self._pool.buffer(output.shape, output.dtype).zero_()
             found = program.gradients({**tensors, **kept}, saved, self._gradient, wanted)
             self._found = _Gradients(self._pool, found, changing)
         del output, kept, saved
@@ -104,17 +106,21 @@ class Recording:
         return bool(call and not call.is_over)
 
     def __call__(self, tensors):
-        """The output for the tensors in order, and what stands for the call."""
+        """The output for the tensors in order."""
         with self._pool.lock:
             for number, x in zip(self._numbers, tensors, strict=True):
                 if number in self._inputs:
                     self._inputs[number].copy_(x)
             self._forward.replay()
             output = self._output.clone()
+        return output
+
+    def begin(self, tensors):
+        """What stands for a call with the tensors of which the gradients may be asked for."""
         read = zip(self._numbers, tensors, strict=True)
         call = _Call([x for number, x in read if number not in self._inputs])
         self._call = weakref.ref(call)
-        return output, call
+        return call
 
     def gradients(self, call, gradient):
         """The gradients of the tensors in order, from that of the output of a call."""
@@ -181,9 +187,8 @@ class Replayed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, recording, *tensors):
-        ctx.recording = recording
-        output, ctx.call = recording(tensors)
-        return output
+        ctx.recording, ctx.call = recording, recording.begin(tensors)
+        return recording(tensors)
 
     @staticmethod
     def backward(ctx, gradient):
