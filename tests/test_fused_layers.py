@@ -58,6 +58,27 @@ def test_block(rng, case, fused):
     check(rng, layers.HLADecoderBlock, definition, options, case, fused, decay="input")
 
 
+@by_kernels
+def test_block_that_drops(rng):
+    """With one seed, what is dropped by kernels is what is dropped by the portable block."""
+    arrays, found = [rng.standard_normal((2, LENGTH, FEATURES)).astype("float32")], []
+    for implementation in ("portable", "triton"):
+        block = layers.HLADecoderBlock(2, 4, dropout=0.4, seed=3, implementation=implementation)
+        block.build((None, None, FEATURES))
+        if not found:
+            arrays += [0.4 * rng.standard_normal(w.shape) for w in block.trainable_weights]
+
+        def function(x, *weights, block=block):
+            seeds = [w.value for w in block.non_trainable_variables]
+            output, _ = block.stateless_call(weights, seeds, x, training=True)
+            return ops.sum(output**2), [output]
+
+        (output,), gradients = value_and_gradients(function, arrays)
+        found.append([output, *gradients])
+    for a, e in zip(*found, strict=True):
+        assert relative_error(a, e) <= GRADIENT
+
+
 def check(rng, make, definition, options, case, fused, **defaults):
     """Outputs, and the gradients of inputs and weights."""
     layer = make(

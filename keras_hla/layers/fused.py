@@ -15,7 +15,8 @@ from keras_hla.scan import least_log_decay
 from keras_hla.stages import norm
 from keras_hla.stages.rotary import rotation_from_start
 
-_programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of layers, segmented or not
+# Of layers: those of what is recorded, with segments or without.
+_programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def why_not_fused(cell, denses):
@@ -60,21 +61,29 @@ def mix(layer, sequences, starts):
         sequences: tensor of shape `(batch, length, features)`, in the compute dtype.
         starts: boolean tensor `(batch, length)`, true where a segment starts, or `None`.
     """
-    return _run(layer, layer.cell, _record_mixer_alone, sequences, starts)
+    return _run(layer, _record_mixer_alone, sequences, starts)
 
 
-def transform(block, sequences, starts):
-    """As `mix`, the outputs of an `HLADecoderBlock` without dropout."""
-    return _run(block, block.cell, _record_block, sequences, starts)
+def transform(block, sequences, starts, drop=None):
+    """As `mix`, the outputs of an `HLADecoderBlock`.
+
+    Between what `drop` acts on, as it draws random numbers, the block is two functions.
+    """
+    if drop is None:
+        return _run(block, _record_block, sequences, starts)
+    x = sequences + drop(_run(block, _record_mixer_branch, sequences, starts))
+    return x + drop(_run(block, _record_mlp_branch, x))
 
 
-def _run(layer, cell, record, sequences, starts):
+def _run(layer, record, sequences, starts=None):
     with AutocastScope(None):  # as each stage casts, or does not
         programs = _programs.setdefault(layer, {})
-        segmented = starts is not None
-        if segmented not in programs:
-            programs[segmented] = _program(layer, record, segmented)
-        return programs[segmented](**_inputs(cell, sequences, starts))
+        key = record, starts is not None
+        if key not in programs:
+            programs[key] = _program(layer, *key)
+        mixes = record is not _record_mlp_branch
+        inputs = _inputs(layer.cell, sequences, starts) if mixes else {"sequences": sequences}
+        return programs[key](**inputs)
 
 
 def _program(layer, record, segmented):
@@ -107,13 +116,16 @@ def _record_mixer_alone(recorder, layer, x, starts):
 
 def _record_block(recorder, block, x, starts):
     """Notes the stages of a block."""
-    mixed = _record_mixer(recorder, block.cell, recorder.rms_norm(x, block.mixer_norm), starts)
-    x = recorder.add(x, mixed)
-    recorder.add(x, _record_mlp(recorder, block, recorder.rms_norm(x, block.mlp_norm)))
+    x = recorder.add(x, _record_mixer_branch(recorder, block, x, starts))
+    recorder.add(x, _record_mlp_branch(recorder, block, x))
 
 
-def _record_mlp(recorder, block, x):
-    size = (block.gate_dense.units,)
+def _record_mixer_branch(recorder, block, x, starts):
+    return _record_mixer(recorder, block.cell, recorder.rms_norm(x, block.mixer_norm), starts)
+
+
+def _record_mlp_branch(recorder, block, x, starts=None):
+    x, size = recorder.rms_norm(x, block.mlp_norm), (block.gate_dense.units,)
     gates, hidden = recorder.project(x, (block.gate_dense, size), (block.up_dense, size))
     hidden = recorder.gate(hidden, gates)
     (output,) = recorder.project(hidden, (block.down_dense, (block.down_dense.units,)))

@@ -1,5 +1,7 @@
 """The block that language models stack."""
 
+import functools
+
 import keras
 from keras import ops
 
@@ -176,9 +178,12 @@ class HLADecoderBlock(CompositeLayer):
         sequences = ops.cast(sequences, self.compute_dtype)
         segmented = segment_ids is not None
         fused = stages.are_fused(self.mixer.implementation_for(sequences, segmented)[0])
-        if fused and not self._why_not_fused(sequences, initial_state, mask, segmented, training):
-            starts = self.mixer.starts_of(sequences, segment_ids)
-            return fused_layers.transform(self, sequences, starts)
+        if fused and not self._why_not_fused(sequences, initial_state, mask, segmented):
+            starts, drop = self.mixer.starts_of(sequences, segment_ids), None
+            if self.cell.dropout and training:
+                warn_of_redrawn_dropout(self, self.cell, training)
+                drop = functools.partial(self.cell.drop, training=training)
+            return fused_layers.transform(self, sequences, starts, drop)
         mixed = self.mixer(
             self.mixer_norm.normalize(sequences, fused),
             initial_state=initial_state,
@@ -195,12 +200,10 @@ class HLADecoderBlock(CompositeLayer):
         output = output + self.cell.drop(self.down_dense(hidden), training)
         return (output, *states) if states else output
 
-    def _why_not_fused(self, sequences, initial_state, mask, segmented, training):
+    def _why_not_fused(self, sequences, initial_state, mask, segmented):
         """As `HLA.why_not_fused`, of the whole block."""
         if self.activation is not keras.activations.silu:
             return "`activation` is not 'silu'"
-        if self.cell.dropout and training:
-            return "there is dropout"
         others = self.gate_dense, self.up_dense, self.down_dense
         return self.mixer.why_not_fused(sequences, initial_state, mask, segmented, others)
 
