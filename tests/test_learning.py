@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import functools
+from pathlib import Path
+import shutil
 
 from backends import relative_error
 import jax
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.learning import __main__ as command
-from benchmarks.learning import mixers, model, optimizer, peers, tasks, train
+from benchmarks.learning import mixers, model, optimizer, peers, summary, tasks, train
 from benchmarks.learning.delta_rule import gated_delta_rule
 from benchmarks.learning.operators import CANDIDATES
 from benchmarks.learning.tasks import (
@@ -275,3 +277,21 @@ def test_refuses(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "torch")
     with pytest.raises(SystemExit, match="KERAS_BACKEND must be 'jax'"):
         command.main(["--task", "mqar"])
+
+
+def test_picture_of_the_records(tmp_path):
+    """It is drawn of the records that are published."""
+    for path in (Path(__file__).parent.parent / "docs" / "evidence").glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    assert summary.save(tmp_path).stat().st_size > 10_000
+
+
+def test_mixers_that_differ_by_layer():
+    task = tasks.make("mqar", "small")
+    name = "linear+conv/hla2+conv"
+    mixers.check(name)
+    made = model.make(task, name, 0)
+    blocks = [layer.mixer for layer in made.layers if isinstance(layer, model.Block)]
+    assert [len(x.cell.operator.state_names) for x in blocks] == [1, 2]
+    with pytest.raises(ValueError, match=r"must be one of.*Received: 'hla9'"):
+        mixers.check("linear/hla9")
