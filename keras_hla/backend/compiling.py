@@ -32,7 +32,7 @@ def remembered(function):
 
 
 def called_while_traced(function):
-    """The function of plain values, which `torch.compile` calls once, and keeps its result."""
+    """The function of strings, numbers and tuples, whose result `torch.compile` keeps as it is."""
     if keras.config.backend() != "torch":
         return function
     import torch

@@ -99,8 +99,8 @@ def _by_trust(operator, dtype, dims, decays, tensor):
     """The kernels, where they were measured, or as good as the portable path."""
     if device.is_measured(tensor):
         return Choice("triton", "it is faster here")
-    dtype, place = keras.backend.standardize_dtype(dtype), device.place_of(tensor)
-    proven, reason = proof.prove(operator, dtype, dims, decays, place)
+    name, dtype = operators.name_of(operator), keras.backend.standardize_dtype(dtype)
+    proven, reason = proof.prove(name, dtype, dims, decays, device.place_of(tensor))
     return Choice("triton" if proven else "portable", reason)
 
 

@@ -4,7 +4,6 @@ At first use a small case is compiled and run, by them and portable, and compare
 remembered for the process.
 """
 
-from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 import threading
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import keras
 from keras import ops
 import numpy as np
 
-from keras_hla import stages
+from keras_hla import operators, stages
 from keras_hla.backend.compiling import called_while_traced
 from keras_hla.backend.gradients import exact_dtype, pull_back
 from keras_hla.kernels import device, small_cases
@@ -44,14 +43,14 @@ class OperatorKernels(NamedTuple):
     dtype: str
     dims: tuple[int, int]  # of a key and of a value
     decays: bool
-    operator: Hashable
+    operator: str
 
     def cases(self):
-        return small_cases.of_operator(self.operator, self.dims, self.decays)
+        return small_cases.of_operator(operators.get(self.operator), self.dims, self.decays)
 
     def __str__(self):
         decays = "with" if self.decays else "without"
-        return f"{self.operator} {decays} decays in {self.dtype}, dims {self.dims}"
+        return f"{self.operator!r} {decays} decays in {self.dtype}, dims {self.dims}"
 
 
 class StageKernels(NamedTuple):
@@ -72,7 +71,7 @@ def prove(operator, dtype, dims, decays, place):
     """The `Verdict` on all kernels that a layer of such an operator may take.
 
     Args:
-        operator: an `Operator` that the kernels know.
+        operator: the name of an operator that the kernels know, as compilers keep.
         dtype: name of the dtype of query, key and value.
         dims: sizes of a key and of a value, for which kernels are compiled.
         decays: whether there are log-decays.
