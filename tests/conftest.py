@@ -63,6 +63,7 @@ ONLY = {
         "TensorFlow writes the files, and has their tests",
     ),
     "test_jax_kernels.py": (("jax",), "PyTorch runs the kernels, TensorFlow has none"),
+    "test_kernel_proof.py": (("jax", "torch"), "TensorFlow has no kernels"),
     "test_kernels.py": (
         backends_of_kernels,
         "without a GPU JAX cannot run the kernels, TensorFlow has none",

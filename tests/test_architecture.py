@@ -20,8 +20,8 @@ MAY_IMPORT = {
     # What an operator is: a chain of passes of the primitive.
     "scan": "backend",
     "operators": "checks scan",
-    # Kernels: how any are launched, those of the operators, those of the stages, all of a layer as
-    # one function, and which implementation is taken.
+    # Kernels: how any are launched, those of the operators, those of the stages, and all of a layer
+    # as one function.
     "kernels.launching": "",
     "kernels.device": "",
     "kernels.passes": "backend",
@@ -30,13 +30,16 @@ MAY_IMPORT = {
     "kernels.cuda_graphs": "",
     "kernels.fusion": "kernels.cuda_graphs kernels.launching kernels.operator kernels.passes "
     "kernels.stages",
-    "kernels": "checks operators kernels.cuda_graphs kernels.device kernels.passes",
     # What a layer does before and after its operator: portable, or by kernels.
     "stages": "backend masking precision kernels.stages",
     # From public tensors to outputs and states.
     "forms": "backend grouping scan",
     "inputs": "checks grouping masking precision scan",
     "evaluate": "forms grouping kernels.operator",
+    # Which implementation is taken, and the proof of kernels on a GPU that is not known.
+    "kernels.small_cases": "evaluate inputs kernels.stages precision stages",
+    "kernels.proof": "backend kernels.device kernels.small_cases operators stages",
+    "kernels": "checks operators kernels.cuda_graphs kernels.device kernels.passes kernels.proof",
     # What users call.
     "layers": "backend checks evaluate inputs kernels kernels.fusion masking operators precision "
     "scan stages",

@@ -31,6 +31,15 @@ def remembered(function):
     return call
 
 
+def called_while_traced(function):
+    """The function of strings, numbers and tuples, whose result `torch.compile` keeps as it is."""
+    if keras.config.backend() != "torch":
+        return function
+    import torch
+
+    return torch.compiler.assume_constant_result(function)
+
+
 def traced(function, *inputs):
     """What the function returns, where the contents of tensors do not matter."""
     if keras.config.backend() == "jax":

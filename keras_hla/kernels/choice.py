@@ -6,7 +6,7 @@ import keras
 
 from keras_hla import operators
 from keras_hla.checks import check_choice
-from keras_hla.kernels import device
+from keras_hla.kernels import device, proof
 from keras_hla.kernels.passes import passes_of
 
 IMPLEMENTATIONS = ("auto", "portable", "triton")
@@ -35,6 +35,10 @@ def choose(
     chunk_size=None,
 ):
     """Tells what evaluates `keras_hla.ops.higher_order_attention`, and why.
+
+    On a CUDA GPU on which the kernels were not measured, `"auto"` first compiles and runs small
+    cases of what they would be taken for, by them and by the portable path. The answer is
+    remembered for the process; if it is no, there is one warning.
 
     Args:
         operator: Name of an operator, or an operator.
@@ -65,12 +69,9 @@ def choose(
     ('portable', 'there is no CUDA GPU')
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "portable":
-        return Choice("portable", "it was asked for")
-    if tensor is not None and tensor.shape[1] == 1 and form == "chunked":
-        return Choice("portable", "a single token is a step, not a sequence")
-    if tensor is not None and tensor.shape[1] == 0:
-        return Choice("portable", "there is no token in an empty sequence")
+    settled = _why_portable_always(implementation, tensor, form)
+    if settled:
+        return Choice("portable", settled)
     operator = operators.get(operator)
     obstacle = (
         _outside_of_kernels(operator, dtype, (key_dim, value_dim))
@@ -89,7 +90,29 @@ def choose(
         or device.why_not_faster(tensor)
         or _not_known_to_be_faster(operator, dtype, (key_dim, value_dim), decays)
     )
-    return Choice("portable", obstacle) if obstacle else Choice("triton", "it is faster here")
+    if obstacle:
+        return Choice("portable", obstacle)
+    return _by_trust(operator, dtype, (key_dim, value_dim), decays, tensor)
+
+
+def _by_trust(operator, dtype, dims, decays, tensor):
+    """The kernels, where they were measured, or as good as the portable path."""
+    if device.is_measured(tensor):
+        return Choice("triton", "it is faster here")
+    name, dtype = operators.name_of(operator), keras.backend.standardize_dtype(dtype)
+    proven, reason = proof.prove(name, dtype, dims, decays, device.place_of(tensor))
+    return Choice("triton" if proven else "portable", reason)
+
+
+def _why_portable_always(implementation, tensor, form):
+    """Why it is the portable path whatever the kernels can do, or `None`."""
+    if implementation == "portable":
+        return "it was asked for"
+    if tensor is not None and tensor.shape[1] == 1 and form == "chunked":
+        return "a single token is a step, not a sequence"
+    if tensor is not None and tensor.shape[1] == 0:
+        return "there is no token in an empty sequence"
+    return None
 
 
 def _outside_of_kernels(operator, dtype, dims):

@@ -5,8 +5,9 @@ import os
 
 import keras
 
-# Where the kernels were measured.
+# Where the kernels were measured, and where Triton compiles: products of bfloat16 need it.
 _MEASURED = "9.0"
+_LEAST = 8.0
 _FEWEST_TOKENS = 16_384
 # Not asked for at each call, as a search takes long.
 _INSTALLED = {x: importlib.util.find_spec(x) is not None for x in ("triton", "jax_triton")}
@@ -23,23 +24,67 @@ def why_not(tensor):
             return "they need a known batch size and length"
         if 0 in tensor.shape:
             return "there is nothing to compute"
-    for name in needed:
-        if not _INSTALLED[name]:
-            return f"the package {name} is not installed"
+    missing = [name for name in needed if not _INSTALLED[name]]
+    if missing:
+        return f"the package {missing[0]} is not installed"
     if backend == "torch" and interpreted():
         return None
-    return None if _capability(tensor) else "there is no CUDA GPU"
+    return _why_not_compiled(_capability(tensor))
+
+
+def _why_not_compiled(capability):
+    if capability is None:
+        return "there is no CUDA GPU"
+    if float(capability) < _LEAST:
+        return (
+            f"Triton compiles for GPUs of compute capability {_LEAST} and more, which multiply "
+            f"bfloat16, not {capability}"
+        )
+    return None
 
 
 def why_not_faster(tensor):
     """Why the portable path is chosen where the kernels can run, or `None`."""
     if interpreted():
         return "the interpreter of the kernels is slow"
-    if _capability(tensor) != _MEASURED:
-        return f"the kernels were measured on GPUs of compute capability {_MEASURED} alone"
     if tensor is not None and tensor.shape[0] * tensor.shape[1] < _FEWEST_TOKENS:
         return f"the kernels were measured from {_FEWEST_TOKENS} tokens of a batch on"
     return None
+
+
+def is_measured(tensor):
+    """Whether the kernels were measured, and checked, on GPUs like that of `tensor`."""
+    return _capability(tensor) == _MEASURED
+
+
+def place_of(tensor):
+    """The CUDA GPU on which a tensor is, as `keras.device` takes it."""
+    if keras.config.backend() == "jax":
+        return _jax_device(tensor)
+    import torch
+
+    return f"cuda:{torch.cuda.current_device()}" if tensor is None else str(tensor.device)
+
+
+def describe(place):
+    """The name and the compute capability of a GPU that `place_of` told."""
+    if keras.config.backend() == "jax":
+        name, capability = place.device_kind, place.compute_capability
+    else:
+        import torch
+
+        name = torch.cuda.get_device_name(place)
+        capability = "{}.{}".format(*torch.cuda.get_device_capability(place))
+    return f"{name}, compute capability {capability}"
+
+
+def is_capturing():
+    """Whether what is launched is captured as a CUDA graph, and not run."""
+    if keras.config.backend() != "torch":
+        return False
+    import torch
+
+    return torch.cuda.is_current_stream_capturing()
 
 
 def interpreted():
@@ -67,6 +112,6 @@ def _jax_device(tensor):
     import jax
 
     if tensor is not None and not isinstance(tensor, jax.core.Tracer):
-        return next(iter(tensor.devices()))
+        return next(iter(tensor.sharding.addressable_devices))
     default = getattr(jax.config, "jax_default_device", None)  # or its platform, or None
-    return default if hasattr(default, "platform") else jax.devices(default)[0]
+    return default if hasattr(default, "platform") else jax.local_devices(backend=default)[0]

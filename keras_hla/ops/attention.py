@@ -94,8 +94,9 @@ def higher_order_attention(
             chooses.
         implementation: What evaluates the causal `form="chunked"`: `"portable"`,
             which runs everywhere; `"triton"`, fused kernels for GPUs, under
-            PyTorch and JAX; or `"auto"`, the kernels where they are known to be
-            faster. `keras_hla.kernels.choose` tells which that is and why.
+            PyTorch and JAX; or `"auto"`, the kernels for what they are known to
+            compute faster, on a GPU for which they are known or proven to be
+            right. `keras_hla.kernels.choose` tells which that is and why.
 
     Returns:
         The output, shape `(batch, length, heads, value_dim)`, in the dtype of

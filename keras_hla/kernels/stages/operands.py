@@ -325,4 +325,4 @@ def _shapes(options, tensors, save):
 #: Options: whether the activation is `silu`, the factor of the queries, the numbers of heads of
 #: queries and of keys, the sizes of keys and of values. Tensors: `x`, `(batch, length, features)`;
 #: `kernel` and `segments`, of a convolution; `cos` and `sin`, of a rotation.
-OPERANDS = KernelFunction("operands", _evaluate, _gradients, _shapes)
+OPERANDS = KernelFunction("operands", _evaluate, _gradients, _shapes, count=lambda options: 3)
