@@ -1,4 +1,7 @@
-"""Exchanges between processes under PyTorch, with gradients of any order and in forward mode."""
+"""Exchanges between processes under PyTorch, differentiable any number of times.
+
+They have no forward mode: `torch.compile` makes one graph only of what defines none.
+"""
 
 import torch
 from torch import distributed
@@ -26,10 +29,6 @@ class AllGather(torch.autograd.Function):
     def backward(ctx, gradient):
         return ReduceScatter.apply(gradient, ctx.group), None
 
-    @staticmethod
-    def jvp(ctx, tangent, _):
-        return AllGather.apply(tangent, ctx.group)
-
 
 class ReduceScatter(torch.autograd.Function):
     """The sum over the processes of a group of their entries for this one, of the first axis."""
@@ -47,7 +46,3 @@ class ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return AllGather.apply(gradient, ctx.group), None
-
-    @staticmethod
-    def jvp(ctx, tangent, _):
-        return ReduceScatter.apply(tangent, ctx.group)

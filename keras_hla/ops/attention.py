@@ -98,20 +98,20 @@ def higher_order_attention(
             which runs everywhere; `"triton"`, fused kernels for GPUs, under
             PyTorch and JAX; or `"auto"`, the kernels where they are known to be
             faster. `keras_hla.kernels.choose` tells which that is and why.
-        context_parallel: Over which devices the length is split, if it is. Each calls
-            this function with its own contiguous part of the tokens, and in order
-            the parts are evaluated as the one sequence they make. Under JAX it is the
+        context_parallel: Over which devices the length is split. Each of them calls
+            this function with its own contiguous part of the tokens, and together,
+            in order, the parts are evaluated as one sequence. Under JAX it is the
             name of an axis of the mesh, inside of `jax.shard_map`; under PyTorch a
             `torch.distributed.ProcessGroup` or a one-dimensional `DeviceMesh`, whose
-            processes may hold parts of different lengths. Arguments with an axis of
-            the length are those of the part. `initial_state`, the state before the
-            first token of all, is the same on all devices, as is the returned state
-            after the last. Each pass of the operator exchanges one state, whatever
-            the length, and its gradient. Gradients are those of the sum of the
-            losses of all devices: under PyTorch each process then holds its share of
-            those of tensors that are the same on all, as of `initial_state`, as it
-            does of weights. It needs `form="chunked"` and `causal=True`, and is
-            evaluated by the portable path.
+            processes may hold parts of different lengths. `log_decay`, `mask` and
+            `segment_ids` are those of the part. `initial_state`, the state before
+            the first token of all, must be the same on all devices, as the returned
+            one is, after the last token of all. Each pass of the operator exchanges
+            one state, whatever the length, and its gradient; with `segment_ids` the
+            last one of each part is exchanged, too. Gradients are those of the sum
+            of the losses of all devices: under PyTorch each process holds its share
+            of that of `initial_state`, as of those of weights. It needs
+            `form="chunked"` and `causal=True`, and the portable path evaluates it.
 
     Returns:
         The output, shape `(batch, length, heads, value_dim)`, in the dtype of
