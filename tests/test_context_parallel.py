@@ -1,10 +1,9 @@
 """One sequence over several devices is evaluated as the whole.
 
-`split_sequence.py` evaluates the cases in processes of its own, once for all tests.
+`split_sequence.py` evaluates the cases in processes of its own.
 """
 
 import dataclasses
-import functools
 import pickle
 
 from backends import relative_error
@@ -21,9 +20,6 @@ from keras_hla.ops import higher_order_attention
 BACKEND = keras.config.backend()
 LENGTH = 40
 SPLITS = {2: (20, 20), 4: (10, 10, 10, 10), "uneven": (7, 0, 20, 13)}
-needs_an_engine = pytest.mark.skipif(
-    BACKEND == "tensorflow", reason="TensorFlow has no engine for it, which is tested here"
-)
 
 
 @dataclasses.dataclass
@@ -80,17 +76,16 @@ class Problem:
             value_dim=3,
             positive=case.normalize,
         )
-        self.case, self.dtype = case, case.dtype
+        self.case, self.name = case, name
         self.inputs = [x.astype(case.dtype) for x in inputs]
         self.decay = None if decay is None else decay.astype(case.dtype)
         if case.decay == "per_head":
             self.decay = np.linspace(-0.3, 0, 2).reshape(1, 1, 2)
         self.parts = tuple(x * case.length // LENGTH for x in SPLITS[case.split])
         self.mask, self.segments = self._mask(rng), self._segments(rng)
-        self.state, shapes = self._state(rng, name)
+        self.state, shapes = self._state(rng)
         shapes = [self.inputs[0].shape[:3] + self.inputs[2].shape[3:], *shapes]
         self.weights = [rng.standard_normal(x).astype(case.dtype) for x in shapes]
-        self.name = name
 
     def _mask(self, rng):
         if not self.case.mask:
@@ -110,15 +105,15 @@ class Problem:
             changes[1, np.cumsum(self.parts)[-2]] = True
         return np.cumsum(changes, axis=1).astype("int32") % 3
 
-    def _state(self, rng, name):
+    def _state(self, rng):
         if not self.case.state:
             return None, ()
         options = {"masked": True, "ridge": 0.0, **self.options}
-        operator = operators.get(name, **options)
+        operator = operators.get(self.name, **options)
         moments = 1 if self.decay is None else 2
         shapes = operator.state_shapes(moments, 2, 4, 3 + self.case.normalize)
         shapes = [(2, *shape) for shape in shapes]
-        return [rng.standard_normal(x).astype(self.dtype) for x in shapes], shapes
+        return [rng.standard_normal(x).astype(self.case.dtype) for x in shapes], shapes
 
     def to_run(self):
         arrays = dict(zip(("query", "key", "value"), self.inputs, strict=True))
@@ -148,17 +143,18 @@ class Problem:
             normalize=self.case.normalize,
             **self.options,
         )
-        *gradients, of_decay = (found := definition.gradients(*self._weights()))[:4]
-        gradients = [x * unmasked[..., None, None] for x in gradients]
-        of_decay = of_decay * unmasked[..., None]
+        found = definition.gradients(self.weights[0], self.weights[1:])
+        gradients = dict(zip(("query", "key", "value", "log_decay"), found[:4], strict=True))
+        for name, x in gradients.items():
+            gradients[name] = x * unmasked.reshape(*unmasked.shape, *[1] * (x.ndim - 2))
+        of_decay = gradients.pop("log_decay")
         if self.decay is not None:
-            reduced = tuple(i for i, n in enumerate(self.decay.shape) if n == 1)
-            gradients.append(of_decay.sum(reduced, keepdims=True))
+            spread = tuple(axis for axis, n in enumerate(self.decay.shape) if n == 1)
+            gradients["log_decay"] = of_decay.sum(spread, keepdims=True)
         states = definition.states if self.state else ()
+        # JAX goes through arguments in the order of their names.
+        gradients = [gradients[name] for name in sorted(gradients)]
         return [definition.output, *states], [*gradients, *found[4:]]
-
-    def _weights(self):
-        return self.weights[0], self.weights[1:]
 
     def _starts(self, unmasked):
         starts = np.zeros((2, self.case.length), bool)
@@ -171,44 +167,39 @@ class Problem:
         return starts
 
 
-@functools.cache
-def problems():
-    return {name: Problem(case) for name, case in (CASES | SIZES).items()}
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cases")
-    cases = [problem.to_run() for problem in problems().values()]
+def evaluated(problems, folder):
+    """What `split_sequence.py` makes of each problem, by name."""
+    cases = [problem.to_run() for problem in problems.values()]
     (folder / "cases").write_bytes(pickle.dumps(cases))
-    arguments = ROOT / "tests" / "split_sequence.py", folder / "cases", folder / "results"
-    run_python(*arguments, backend=BACKEND)
-    return dict(zip(problems(), pickle.loads((folder / "results").read_bytes()), strict=True))
+    script = ROOT / "tests" / "split_sequence.py"
+    run_python(script, folder / "cases", folder / "results", backend=BACKEND)
+    return dict(zip(problems, pickle.loads((folder / "results").read_bytes()), strict=True))
 
 
-@needs_an_engine
-@pytest.mark.parametrize("name", CASES)
-def test_parts_are_the_whole(results, name):
-    problem = problems()[name]
-    outputs, gradients, _ = results[name]
-    expected, expected_gradients = problem.reference()
-    names = [*("query", "key", "value"), *(["log_decay"] if problem.decay is not None else [])]
-    # Those of the arrays are in the order of the names of the arguments.
-    order = [sorted(names).index(x) for x in names] + [*range(len(names), len(gradients))]
-    gradients = [gradients[i] for i in order]
-    tolerance = 1e-11 if problem.dtype == "float64" else 1e-5
-    for x, y in zip(outputs, expected, strict=True):
-        assert x.dtype == problem.dtype
-        assert relative_error(x, y) < tolerance
-    for x, y in zip(gradients, expected_gradients, strict=True):
-        assert relative_error(x, y) < tolerance
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="it has no engine for it, as is tested here")
+def test_parts_are_the_whole(tmp_path):
+    """One test of all, as it takes long to start processes and to compile."""
+    problems = {name: Problem(case) for name, case in (CASES | SIZES).items()}
+    results = evaluated(problems, tmp_path)
+    wrong = {}
+    for name in CASES:
+        problem = problems[name]
+        tolerance = 1e-11 if problem.case.dtype == "float64" else 1e-5
+        for kind, found, expected in zip(
+            ("results", "gradients"), results[name], problem.reference(), strict=False
+        ):
+            assert {x.dtype for x in found} == {np.dtype(problem.case.dtype)}
+            errors = [relative_error(x, y) for x, y in zip(found, expected, strict=True)]
+            if not max(errors) < tolerance:
+                wrong[name, kind] = errors
+    assert not wrong
+    check_exchanges(*(results[name][2] for name in SIZES))
 
 
-@needs_an_engine
-def test_each_pass_exchanges_a_state_whatever_the_length(results):
-    short, long = (results[n][2] for n in SIZES)
-    # Of 2 rows and 2 heads: the state of each device and its decay.
-    moments, values = 2 * 2 * (4 * 4 + 1), 2 * 2 * (4 * 3 + 1)
+def check_exchanges(short, long):
+    """Each pass exchanges the state of each device with its decay, whatever the length."""
+    rows_and_heads = 2 * 2
+    moments, values = rows_and_heads * (4 * 4 + 1), rows_and_heads * (4 * 3 + 1)
     forward = [("all-gather", 4 * values), ("all-gather", 4 * moments)]
     backward = [("reduce-scatter", values), ("reduce-scatter", moments)]
     assert short == long == forward + backward
