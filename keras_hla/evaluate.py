@@ -16,6 +16,7 @@ def evaluate(
     epsilon=None,
     chunk_size=None,
     implementation="portable",
+    devices=None,
 ):
     """Evaluates an operator.
 
@@ -31,6 +32,8 @@ def evaluate(
         epsilon: Added to the denominator by which outputs are divided. `None` divides by none.
         chunk_size: Of the chunked form; `None` chooses.
         implementation: `"portable"` or `"triton"`, as `keras_hla.kernels.choose` tells.
+        devices: Those that hold the sequence together, each a part, for the chunked form; `None`
+            where there is one.
 
     Returns:
         The output, `(batch, length, heads, value_dim)`, in the dtype of the query, and the list
@@ -46,14 +49,16 @@ def evaluate(
         output, state = attention(operator, inputs, state, return_state)
     else:
         state = state and tuple(group(x, inputs.key.shape[2]) for x in state)
-        output, state = _evaluate_form(operator, inputs.grouped(), state, form, causal, chunk_size)
+        output, state = _evaluate_form(
+            operator, inputs.grouped(), state, form, causal, chunk_size, devices
+        )
         output, state = ungroup_sequence(output), state and [ungroup(x) for x in state]
     if epsilon is not None:
         output = output[..., :-1] / (output[..., -1:] + epsilon)
     return ops.cast(output, dtype), state
 
 
-def _evaluate_form(operator, inputs, state, form, causal, chunk_size):
+def _evaluate_form(operator, inputs, state, form, causal, chunk_size, devices):
     query, key, value, log_decay = inputs
     if form == "step":
         return forms.step(operator, query, key, value, log_decay, state)
@@ -63,4 +68,4 @@ def _evaluate_form(operator, inputs, state, form, causal, chunk_size):
         return forms.matrix(operator, query, key, value, log_decay, state, causal)
     if not causal:
         return forms.unordered(operator, query, key, value, log_decay, state)
-    return forms.chunked(operator, query, key, value, log_decay, state, chunk_size)
+    return forms.chunked(operator, query, key, value, log_decay, state, chunk_size, devices)

@@ -18,6 +18,7 @@ from keras_hla.backend.tensors import (
     pad_axis,
     size_at_run_time,
 )
+from keras_hla.distributed_scan import DistributedScan
 from keras_hla.grouping import group
 from keras_hla.scan import (
     ChunkedScan,
@@ -30,12 +31,13 @@ from keras_hla.scan import (
 )
 
 
-def chunked(operator, query, key, value, log_decay, state, chunk_size=None):
-    """The parallel form."""
+def chunked(operator, query, key, value, log_decay, state, chunk_size=None, devices=None):
+    """The parallel form, of a whole sequence or of its part on each of several devices."""
     length = ops.shape(query)[-2]
-    if is_known(length) and length == 1 and state is not None:
+    if is_known(length) and length == 1 and state is not None and devices is None:
         return step(operator, query, key, value, log_decay, state)
-    scan, (query, key, value) = _cut_in_chunks((query, key, value), log_decay, chunk_size)
+    inputs = query, key, value
+    scan, (query, key, value) = _cut_in_chunks(inputs, log_decay, chunk_size, devices)
     state = state or (None,) * len(operator.state_names)
     output, state = operator.chain(scan, state, query, key, value)
     return output if isinstance(scan, SingleScan) else merge_axis(output, length, axis=-2), state
@@ -47,14 +49,15 @@ def summarize(operator, query, key, value, log_decay):
     return operator.summarize(scan, *inputs)
 
 
-def _cut_in_chunks(inputs, log_decay, chunk_size):
+def _cut_in_chunks(inputs, log_decay, chunk_size, devices=None):
     length = ops.shape(inputs[0])[-2]
     size = _balanced_chunk_size(length, chunk_size or DEFAULT_CHUNK_SIZE)
-    if is_known(length) and length == size:
+    if is_known(length) and length == size and devices is None:
         return SingleScan(log_decay, size, inputs[0].dtype), inputs
     if log_decay is not None:
         log_decay = split_axis(log_decay, size, axis=-1)
-    scan = ChunkedScan(log_decay, size, inputs[0].dtype)
+    arguments = log_decay, size, inputs[0].dtype
+    scan = DistributedScan(*arguments, devices) if devices else ChunkedScan(*arguments)
     return scan, [split_axis(x, size, axis=-2) for x in inputs]
 
 

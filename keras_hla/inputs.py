@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
         return query, key, value, log_decay
 
 
-def prepare(query, key, value, log_decay, mask, segment_ids=None):
+def prepare(query, key, value, log_decay, mask, segment_ids=None, devices=None):
     """Checks the arguments of the public functions, and returns `Inputs`."""
     query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
     check_attention_inputs(query, key, value)
@@ -67,7 +67,7 @@ def prepare(query, key, value, log_decay, mask, segment_ids=None):
         mask = ops.cast(mask, "bool")
     if segment_ids is not None:
         check_segment_ids(segment_ids, batch, length)
-        starts = segment_starts(ops.convert_to_tensor(segment_ids), mask)
+        starts = segment_starts(ops.convert_to_tensor(segment_ids), mask, devices)
     return arrange(query, key, value, log_decay, mask, starts)
 
 

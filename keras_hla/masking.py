@@ -9,11 +9,33 @@ from keras_hla.backend.tensors import count_up, cumulative_sum, pad_axis
 _LARGEST = 2**31 - 1  # of the integers that count tokens
 
 
-def segment_starts(segment_ids, mask):
+def segment_starts(segment_ids, mask, devices=None):
     """Where a segment starts, `(batch, length)`, but for the first one, which goes on.
 
-    Tokens where `mask` is false belong to no segment.
+    Tokens where `mask` is false belong to no segment. Of a part of a sequence, which several
+    devices hold, the first segment goes on if it is the last of the parts before.
     """
+    if devices is None:
+        return _starts(segment_ids, mask)
+    mask = ops.ones_like(segment_ids, dtype="bool") if mask is None else mask
+    last = devices.gather(ops.stack(_last_unmasked(segment_ids, mask), axis=-1), axis=1)
+    earlier = count_up(last.shape[1]) < devices.index
+    before, is_known = _last_unmasked(last[..., 0], (last[..., 1] > 0) & earlier)
+    # As a token in front of the part.
+    segment_ids = ops.concatenate([before[:, None], segment_ids], axis=1)
+    mask = ops.concatenate([is_known[:, None] > 0, mask], axis=1)
+    return _starts(segment_ids, mask)[:, 1:]
+
+
+def _last_unmasked(x, mask):
+    """The last entry of each row of `x` where `mask` is true, and 1 if there is one or 0."""
+    positions = ops.where(mask, count_up(ops.shape(x)[1]) + 1, 0)
+    last = ops.max(pad_axis(positions, 1, 0, axis=1), axis=1)  # 0 of no token, too
+    entry = ops.take_along_axis(pad_axis(x, 1, 0, axis=1), last[:, None], axis=1)[:, 0]
+    return entry, ops.cast(last > 0, x.dtype)
+
+
+def _starts(segment_ids, mask):
     before, both_unmasked = segment_ids, True
     if mask is not None:
         before, is_known = fill_forward(segment_ids, mask)

@@ -96,7 +96,7 @@ class ChunkedScan:
         return self._scan_states(ops.swapaxes(key, -1, -2) @ value, log_chunk, state)
 
     def _scan_states(self, updates, log_chunk, state):
-        return _scan_chunks(updates, log_chunk, state)
+        return scan_chunks(updates, log_chunk, state)
 
 
 class SingleScan(ChunkedScan):
@@ -186,7 +186,7 @@ def _power(decay, power):
     return math.prod([decay] * power, start=1)
 
 
-def _scan_chunks(updates, log_decay, state):
+def scan_chunks(updates, log_decay, state):
     """`H_{i+1} = exp(log_decay_i) H_i + updates_i` over chunks; updates `(..., n, d, dv)`.
 
     Returns the states entering the chunks and the one leaving the last.
@@ -202,7 +202,7 @@ def _scan_chunks(updates, log_decay, state):
 
 
 def _scan(updates, log_decay, state=None):
-    """`_scan_chunks` on flat states: `(..., n, f)`, log_decay `(..., n)`, state `(..., f)`."""
+    """`scan_chunks` on flat states: `(..., n, f)`, log_decay `(..., n)`, state `(..., f)`."""
     n = ops.shape(updates)[-2]
     if isinstance(n, int) and n <= _DIRECT:  # which `torch.compile` asks of a symbol, too
         return _scan_directly(updates, log_decay, state)
@@ -236,17 +236,26 @@ def _scan_in_blocks(updates, log_decay, state):
     updates = split_axis(updates, size, axis=-2)
     if log_decay is not None:
         log_decay = split_axis(log_decay, size, axis=-1)
-        log_block = bound(ops.sum(log_decay, axis=-1))
+        log_block = total_log_decay(log_decay)
     # With a number that is unknown at trace time there is no telling how deep to go.
     scan = _scan if is_known(n) else _scan_directly
     entering, block_updates = scan(updates, log_decay)
     entering_block, last = scan(block_updates, log_block, state)
     entering_block = entering_block[..., None, :]
     if log_decay is not None:
-        # Not the sums less their last terms: what follows a chunk would round what comes before.
-        so_far = cumulative_sum(pad_axis(log_decay[..., :-1], 1, 0, axis=-1))
-        entering_block = entering_block * ops.exp(so_far)[..., None]
+        entering_block = entering_block * decays_before(log_decay)[..., None]
     return merge_axis(entering + entering_block, n, axis=-2), last
+
+
+def total_log_decay(log_decay):
+    """The log-decay of several chunks, from those of each along the last axis."""
+    return bound(ops.sum(log_decay, axis=-1))
+
+
+def decays_before(log_decay):
+    """The decay of all chunks before each, from the log-decays of each along the last axis."""
+    # Not the sums less their last terms: what follows a chunk would round what comes before.
+    return ops.exp(cumulative_sum(pad_axis(log_decay[..., :-1], 1, 0, axis=-1)))
 
 
 def _block_size(n):

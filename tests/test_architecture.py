@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "grouping": "backend",
     # What an operator is: a chain of passes of the primitive.
     "scan": "backend",
+    "distributed_scan": "scan",
     "operators": "checks scan",
     # Kernels: how any are launched, those of the operators, those of the stages, and all of a layer
     # as one function.
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     # What a layer does before and after its operator: portable, or by kernels.
     "stages": "backend masking precision kernels.stages",
     # From public tensors to outputs and states.
-    "forms": "backend grouping scan",
+    "forms": "backend distributed_scan grouping scan",
     "inputs": "checks grouping masking precision scan",
     "evaluate": "forms grouping kernels.operator",
     # Which implementation is taken, and the proof of kernels on a GPU that is not known.
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     # What users call.
     "layers": "backend checks evaluate inputs kernels kernels.fusion masking operators precision "
     "scan stages",
-    "ops": "checks evaluate forms grouping inputs kernels operators",
+    "ops": "backend checks evaluate forms grouping inputs kernels operators",
     "streaming": "backend checks layers",
     "export": "backend checks streaming",
     "hub": "checks layers streaming",

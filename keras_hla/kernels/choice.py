@@ -33,6 +33,7 @@ def choose(
     causal=True,
     normalize=False,
     chunk_size=None,
+    context_parallel=None,
 ):
     """Tells what evaluates `keras_hla.ops.higher_order_attention`, and why.
 
@@ -54,6 +55,7 @@ def choose(
         causal: As in `higher_order_attention`.
         normalize: As in `higher_order_attention`.
         chunk_size: As in `higher_order_attention`.
+        context_parallel: As in `higher_order_attention`.
 
     Returns:
         The named tuple `(implementation, reason)`. The portable path always takes a
@@ -75,7 +77,7 @@ def choose(
     operator = operators.get(operator)
     obstacle = (
         _outside_of_kernels(operator, dtype, (key_dim, value_dim))
-        or _outside_of_form(form, causal, normalize, chunk_size)
+        or _outside_of_form(form, causal, normalize, chunk_size, context_parallel)
         or device.why_not(tensor)
     )
     if implementation == "triton":
@@ -140,11 +142,13 @@ def _not_known_to_be_faster(operator, dtype, dims, decays):
     return None
 
 
-def _outside_of_form(form, causal, normalize, chunk_size):
+def _outside_of_form(form, causal, normalize, chunk_size, context_parallel):
     if form != "chunked" or not causal:
         return f"they are for form='chunked' and causal=True, not form='{form}', causal={causal}"
     if normalize:
         return "they would round the sum by which normalize=True divides"
     if chunk_size is not None:
         return f"they choose the chunk size themselves, not chunk_size={chunk_size}"
+    if context_parallel is not None:
+        return "they exchange no states between devices, as context_parallel needs"
     return None

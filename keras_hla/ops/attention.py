@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_hla import kernels, operators
+from keras_hla.backend.devices import devices_of
 from keras_hla.checks import (
     check_choice,
     check_noncausal,
@@ -37,6 +38,7 @@ def higher_order_attention(
     return_state=False,
     chunk_size=None,
     implementation="auto",
+    context_parallel=None,
 ):
     """Higher-order linear attention.
 
@@ -97,6 +99,20 @@ def higher_order_attention(
             PyTorch and JAX; or `"auto"`, the kernels for what they are known to
             compute faster, on a GPU for which they are known or proven to be
             right. `keras_hla.kernels.choose` tells which that is and why.
+        context_parallel: Over which devices the length is split. Each of them calls
+            this function with its own contiguous part of the tokens, and together,
+            in order, the parts are evaluated as one sequence. Under JAX it is the
+            name of an axis of the mesh, inside of `jax.shard_map`; under PyTorch a
+            `torch.distributed.ProcessGroup` or a one-dimensional `DeviceMesh`, whose
+            processes may hold parts of different lengths. `log_decay`, `mask` and
+            `segment_ids` are those of the part. `initial_state`, the state before
+            the first token of all, must be the same on all devices, as the returned
+            one is, after the last token of all. Each pass of the operator exchanges
+            one state, whatever the length, and its gradient; with `segment_ids` the
+            last one of each part is exchanged, too. Gradients are those of the sum
+            of the losses of all devices: under PyTorch each process holds its share
+            of that of `initial_state`, as of those of weights. It needs
+            `form="chunked"` and `causal=True`, and the portable path evaluates it.
 
     Returns:
         The output, shape `(batch, length, heads, value_dim)`, in the dtype of
@@ -110,7 +126,8 @@ def higher_order_attention(
 
     Raises:
         ValueError: if shapes, dtypes, names, numbers or options do not fit
-            together.
+            together; and if `context_parallel` is given under TensorFlow, which has
+            no engine for it, or means no devices.
 
     Example:
 
@@ -120,6 +137,18 @@ def higher_order_attention(
     ... )
     >>> tuple(output.shape), [tuple(s.shape) for s in state]
     ((2, 100, 4, 16), [(2, 4, 16, 16), (2, 4, 16, 16)])
+
+    A sequence that is split over all devices, under JAX:
+
+    ```python
+    mesh = jax.sharding.Mesh(jax.devices(), ("sequence",))
+    attention = functools.partial(
+        keras_hla.ops.higher_order_attention, log_decay=-0.1, context_parallel="sequence"
+    )
+    part = jax.sharding.PartitionSpec(None, "sequence")
+    attention = jax.shard_map(attention, mesh=mesh, in_specs=part, out_specs=part)
+    output = jax.jit(attention)(q, k, v)
+    ```
     """
     operator = operators.get(operator, masked, ridge)
     check_choice("form", form, FORMS)
@@ -143,11 +172,17 @@ def higher_order_attention(
         check_noncausal(operator, log_decay, masked)
     if segment_ids is not None:
         check_segments_allowed(operator, causal)
+    if context_parallel is not None and (form != "chunked" or not causal):
+        raise ValueError(
+            "Argument `context_parallel` needs form='chunked' and causal=True. "
+            f"Received: form={form!r}, causal={causal}"
+        )
+    devices = devices_of(context_parallel)
     query, key, value = check_rank(
         4, "(batch, length, heads, dim)", query=query, key=key, value=value
     )
     check_number("epsilon", epsilon, "a positive number", lambda x: x > 0)
-    inputs = prepare(query, key, value, log_decay, mask, segment_ids)
+    inputs = prepare(query, key, value, log_decay, mask, segment_ids, devices)
     if initial_state is not None:
         sizes = inputs.state_shapes(operator, normalize)
         initial_state = prepare_state("initial_state", initial_state, operator, sizes, inputs)
@@ -163,6 +198,7 @@ def higher_order_attention(
         causal=causal,
         normalize=normalize,
         chunk_size=chunk_size,
+        context_parallel=context_parallel,
     )
     output, state = evaluate(
         operator,
@@ -174,6 +210,7 @@ def higher_order_attention(
         epsilon=epsilon if normalize else None,
         chunk_size=chunk_size,
         implementation=how.implementation,
+        devices=devices,
     )
     return (output, state) if return_state else output
 

@@ -1,0 +1,104 @@
+"""The devices that hold one sequence together, each a contiguous part, and what they exchange.
+
+All take part in each exchange, forward and backward, in the same order. Gradients are those of
+the sum of what all devices differentiate.
+"""
+
+import keras
+from keras import ops
+
+_ALLOWED = {
+    "jax": "the name of an axis of the mesh of the `jax.shard_map` that it is called in",
+    "torch": "a `torch.distributed.ProcessGroup` of which this process is a member, or a "
+    "one-dimensional `DeviceMesh`",
+}
+
+
+def devices_of(context_parallel):
+    """The devices that the argument `context_parallel` means, or `None` for `None`."""
+    if context_parallel is None:
+        return None
+    backend = keras.config.backend()
+    if backend not in _ALLOWED:
+        raise ValueError(
+            "Argument `context_parallel` needs the JAX or the PyTorch backend: no other has an "
+            "engine that splits a sequence over devices. "
+            f"Received: context_parallel={context_parallel!r}, backend {backend!r}"
+        )
+    devices = (JaxDevices if backend == "jax" else TorchDevices).of(context_parallel)
+    if devices is None:
+        raise ValueError(
+            f"Argument `context_parallel` must be {_ALLOWED[backend]}. "
+            f"Received: context_parallel={context_parallel!r}"
+        )
+    return devices
+
+
+class JaxDevices:
+    """Those along an axis of the mesh of a `jax.shard_map`."""
+
+    def __init__(self, axis, index):
+        self._axis = axis
+        self.index = index  # of this device, in the order of the parts
+
+    @classmethod
+    def of(cls, axis):
+        import jax
+
+        if not isinstance(axis, str):
+            return None
+        try:
+            return cls(axis, jax.lax.axis_index(axis))
+        except NameError:  # no such axis
+            return None
+
+    def gather(self, x, axis):
+        """What all devices hold, in order along a new axis."""
+        import jax
+
+        return jax.lax.all_gather(x, self._axis, axis=axis % (len(x.shape) + 1))
+
+    def own(self, x, axis):
+        """The entry of this device along an axis of all devices."""
+        import jax
+
+        return jax.lax.dynamic_index_in_dim(x, self.index, axis, keepdims=False)
+
+    def shared(self, x):
+        """A tensor that is the same on all devices, in a way that the engine knows, too."""
+        import jax
+
+        # JAX knows it of sums alone. The compiler leaves it out where nobody reads it.
+        return jax.lax.psum(ops.where(self.index == 0, x, 0), self._axis)
+
+
+class TorchDevices:
+    """Those of a group of processes."""
+
+    def __init__(self, group, index):
+        self._group = group
+        self.index = index
+
+    @classmethod
+    def of(cls, group):
+        import torch
+
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return None
+        if isinstance(group, torch.distributed.DeviceMesh) and group.ndim == 1:
+            group = group.get_group()
+        if not isinstance(group, torch.distributed.ProcessGroup):
+            return None
+        index = torch.distributed.get_rank(group)
+        return None if index < 0 else cls(group, index)
+
+    def gather(self, x, axis):
+        from keras_hla.backend.torch_collectives import AllGather
+
+        return AllGather.apply(x, self._group).movedim(0, axis)
+
+    def own(self, x, axis):
+        return x.select(axis, self.index)
+
+    def shared(self, x):
+        return x

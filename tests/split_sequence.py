@@ -1,0 +1,243 @@
+"""Evaluates sequences that are split over four devices, for `test_context_parallel.py`.
+
+    python tests/split_sequence.py cases.pickle results.pickle
+
+Devices are virtual CPUs under JAX, and processes under PyTorch. They form a mesh: rows of the batch
+by parts of the length.
+"""
+
+import os
+from pathlib import Path
+import pickle
+import re
+import sys
+import warnings
+
+import numpy as np
+
+from keras_hla.ops import higher_order_attention
+
+DEVICES = 4
+DIFFERENTIABLE = ("query", "key", "value", "log_decay")
+
+
+def axes_of(case, x):
+    """Whether an array is split along the batch, and along the length."""
+    batch, length = case["arrays"]["query"].shape[:2]
+    return x.shape[0] == batch, len(x.shape) > 1 and x.shape[1] == length
+
+
+def attend(case, arrays, state, context_parallel):
+    return higher_order_attention(
+        **arrays,
+        initial_state=state,
+        return_state=True,
+        context_parallel=context_parallel,
+        **case["options"],
+    )
+
+
+def split_arguments(case):
+    """What is differentiated, with the initial state, and the other arrays."""
+    variables = {name: x for name, x in case["arrays"].items() if name in DIFFERENTIABLE}
+    rest = {name: x for name, x in case["arrays"].items() if name not in DIFFERENTIABLE}
+    return (variables, case["state"]), rest
+
+
+def run_jax(cases):
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.config.update("jax_enable_x64", True)
+    return [jax_result(case) for case in cases]
+
+
+def jax_result(case):
+    import jax
+    from jax.sharding import Mesh, PartitionSpec
+
+    devices = np.array(jax.devices()).reshape(-1, len(case["parts"]))
+    mesh = Mesh(devices, ("rows", "parts"))
+    names = ("rows", "parts")
+
+    def spec(x):
+        axes = zip(names, axes_of(case, x), strict=True)
+        return PartitionSpec(*(name if is_split else None for name, is_split in axes))
+
+    variables, rest = split_arguments(case)
+    attention = jax.shard_map(
+        lambda variables, rest: attend(case, {**variables[0], **rest}, variables[1], "parts"),
+        mesh=mesh,
+        in_specs=jax.tree.map(spec, (variables, rest)),
+        out_specs=(PartitionSpec("rows", "parts"), PartitionSpec("rows")),
+    )
+
+    def loss(variables, rest, weights):
+        results = attention(variables, rest)
+        results = [results[0], *results[1]][: len(weights)]
+        return sum((x * w).sum() for x, w in zip(results, weights, strict=True)), results
+
+    differentiated = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    program = differentiated.lower(variables, rest, case["weights"]).compile()
+    (_, results), gradients = program(variables, rest, case["weights"])
+    found = jax.tree.map(np.asarray, (results, jax.tree.leaves(gradients)))
+    return *found, exchanges_of_program(program.as_text())
+
+
+def exchanges_of_program(text):
+    """The kind of each exchange of a compiled program, and how many numbers a device receives.
+
+    The sum of the losses of all devices is none.
+    """
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
+    sizes = [re.findall(r"\w+\[([\d,]*)\]", shapes) for shapes, _ in found]
+    counts = [
+        sum(int(np.prod([int(n) for n in size.split(",") if n])) for size in x) for x in sizes
+    ]
+    exchanges = zip((kind for _, kind in found), counts, strict=True)
+    return sorted((kind, count) for kind, count in exchanges if count > 1)
+
+
+def run_torch(cases):
+    import tempfile
+
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(torch_process, (cases, folder), DEVICES)
+        found = [pickle.loads((Path(folder) / str(i)).read_bytes()) for i in range(DEVICES)]
+    return [
+        joined(case, of_ranks)
+        for case, of_ranks in zip(cases, zip(*found, strict=True), strict=True)
+    ]
+
+
+def torch_process(rank, cases, folder):
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+
+    warnings.simplefilter("error", FutureWarning)  # of names that PyTorch is going to drop
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=DEVICES)
+    names = ("rows", "parts")
+    meshes = {n: init_device_mesh("cpu", (DEVICES // n, n), mesh_dim_names=names) for n in (2, 4)}
+    check_second_gradients(rank)
+    if rank < 2:  # as to load the compiler takes a while
+        check_that_it_compiles(meshes[2].get_group("parts"))
+    found = [torch_result(case, meshes[len(case["parts"])]) for case in cases]
+    (Path(folder) / str(rank)).write_bytes(pickle.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def check_second_gradients(rank):
+    """Of the sum over processes of the cubes of all that they hold."""
+    import torch
+
+    from keras_hla.backend.torch_collectives import AllGather
+
+    x = (1.0 + rank + torch.arange(3.0)).requires_grad_()
+    gathered = AllGather.apply(x, torch.distributed.group.WORLD)
+    (first,) = torch.autograd.grad((gathered**3).sum(), x, create_graph=True)
+    torch.testing.assert_close(first, DEVICES * 3 * x**2)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, DEVICES * 6 * x)
+
+
+def check_that_it_compiles(group):
+    """To one graph, with its exchanges."""
+    import torch
+
+    def attention(x):
+        return higher_order_attention(x, x, x, "linear", log_decay=-0.1, context_parallel=group)
+
+    x = torch.randn(1, 6, 1, 2, requires_grad=True)
+    expected, output = (
+        attention(x),
+        torch.compile(attention, fullgraph=True, backend="aot_eager")(x),
+    )
+    torch.testing.assert_close(output, expected)
+    found = (torch.autograd.grad(y.square().sum(), x)[0] for y in (output, expected))
+    torch.testing.assert_close(*found)
+
+
+def torch_result(case, mesh):
+    import torch
+
+    exchanges = record_exchanges()
+    row, part = mesh.get_coordinate()
+    rows = case["arrays"]["query"].shape[0] // mesh.shape[0]
+    borders = np.cumsum([0, *case["parts"]])
+    slices = slice(row * rows, (row + 1) * rows), slice(*borders[part : part + 2])
+
+    def own(x, recorded=False):
+        axes = zip(slices, axes_of(case, x), strict=True)
+        index = tuple(part if is_split else slice(None) for part, is_split in axes)
+        return torch.tensor(x[index[: x.ndim]], requires_grad=recorded)
+
+    (variables, state), rest = split_arguments(case)
+    variables = {name: own(x, True) for name, x in variables.items()}
+    state = None if state is None else [own(x, True) for x in state]
+    rest = {name: own(x) for name, x in rest.items()}
+    # A mesh, or a group of processes.
+    devices = mesh["parts"] if len(case["parts"]) == 2 else mesh.get_group("parts")
+    results = attend(case, {**variables, **rest}, state, devices)
+    results = [results[0], *results[1]][: len(case["weights"])]
+    # What all processes have alike, one of them adds.
+    shares = [1.0, *[float(part == 0)] * (len(results) - 1)]
+    terms = zip(results, case["weights"], shares, strict=True)
+    loss = sum((x * own(w)).sum() * share for x, w, share in terms)
+    leaves = [variables[name] for name in sorted(variables)] + (state or [])
+    gradients = torch.autograd.grad(loss, leaves)
+    found = [[x.detach().numpy() for x in xs] for xs in (results, gradients)]
+    return *found, sorted(exchanges)
+
+
+def record_exchanges():
+    """A list that takes up the kind and the size of each exchange from now on."""
+    from keras_hla.backend import torch_collectives
+
+    exchanges = []
+
+    def record(kind, name):
+        exchange = getattr(torch_collectives, name)
+        exchange = getattr(exchange, "recorded", exchange)  # not also in an earlier list
+
+        def call(output, *arguments, **options):
+            exchanges.append((kind, output.numel()))
+            return exchange(output, *arguments, **options)
+
+        call.recorded = exchange
+        setattr(torch_collectives, name, call)
+
+    record("all-gather", "_all_gather")
+    record("reduce-scatter", "_reduce_scatter")
+    return exchanges
+
+
+def joined(case, of_ranks):
+    """The whole arrays of what each process found, in the order of the processes."""
+    count = len(case["parts"])
+    rows = [of_ranks[i : i + count] for i in range(0, DEVICES, count)]
+    results = []
+    for i in range(len(case["weights"])):
+        parts = [[found[0][i] for found in row] for row in rows]
+        if i:  # a state, which all parts have alike
+            assert all((x == row[0]).all() for row in parts for x in row)
+        results.append(np.concatenate([row[0] if i else np.concatenate(row, 1) for row in parts]))
+    variables, state = split_arguments(case)[0]
+    wholes = [variables[name] for name in sorted(variables)] + (state or [])
+    gradients = []
+    for i, whole in enumerate(wholes):
+        along_rows, along_parts = axes_of(case, whole)
+        parts = [[found[1][i] for found in row] for row in rows]
+        parts = [np.concatenate(row, 1) if along_parts else sum(row) for row in parts]
+        gradients.append(np.concatenate(parts) if along_rows else sum(parts))
+    return results, gradients, of_ranks[0][2]
+
+
+if __name__ == "__main__":
+    given, made = map(Path, sys.argv[1:])
+    run = {"jax": run_jax, "torch": run_torch}[os.environ["KERAS_BACKEND"]]
+    made.write_bytes(pickle.dumps(run(pickle.loads(given.read_bytes()))))

@@ -1,0 +1,227 @@
+"""One sequence over several devices is evaluated as the whole.
+
+`split_sequence.py` evaluates the cases in processes of its own.
+"""
+
+import dataclasses
+import pickle
+
+from backends import relative_error
+from definitions import Reference, serial
+from family import VARIANTS, draw, split
+import keras
+import numpy as np
+import pytest
+from scripts import ROOT, run_python
+
+from keras_hla import kernels, operators
+from keras_hla.ops import higher_order_attention
+
+BACKEND = keras.config.backend()
+LENGTH = 40
+SPLITS = {2: (20, 20), 4: (10, 10, 10, 10), "uneven": (7, 0, 20, 13)}
+
+
+@dataclasses.dataclass
+class Case:
+    """A variant of the family, and what else differs from case to case."""
+
+    variant: str
+    split: object = 4
+    decay: str = "per_token"
+    state: bool = True
+    normalize: bool = False
+    mask: bool = False
+    segments: str = ""  # where they start: "anywhere", or "at borders" of parts alone
+    length: int = LENGTH
+    dtype: str = "float64"
+    chunk_size: int | None = 4
+
+
+CASES = {
+    **{variant: Case(variant) for variant in VARIANTS},
+    **{
+        f"packed {name}": Case(name, split=2, mask=True, segments="anywhere")
+        for name in ("hla2 ridge", "ahla", "hla3", "hla3 unmasked")
+    },
+    "no decay, no state": Case("hla2", decay="none", state=False),
+    "no decay in two": Case("ahla", split=2, decay="none", mask=True),
+    "normalized": Case("hla2", decay="per_head", normalize=True, mask=True),
+    "one token each": Case("hla3", length=4, chunk_size=None),
+    "segments at borders": Case("hla2", segments="at borders", decay="none", state=False),
+    "segments and a state": Case("ahla", segments="anywhere", decay="none"),
+    "masked parts": Case("hla3", segments="at borders", mask=True),
+    "in float32": Case("hla2", segments="anywhere", dtype="float32", chunk_size=None),
+}
+if BACKEND == "torch":  # JAX cuts arrays into equal parts
+    CASES["uneven"] = Case("hla2", split="uneven")
+    CASES["uneven, packed"] = Case("hla3", split="uneven", mask=True, segments="anywhere")
+    CASES["uneven, published"] = Case("hla3_published", split="uneven", decay="constant")
+SIZES = {n: Case("hla2", state=False, length=n, chunk_size=None) for n in (64, 1024)}
+
+
+class Problem:
+    """The arrays of a case, and what the definition makes of them."""
+
+    def __init__(self, case):
+        rng = np.random.default_rng(0)
+        name, self.options = split(case.variant)
+        inputs, decay = draw(
+            rng,
+            case.length,
+            "constant" if case.decay == "per_head" else case.decay,
+            heads=2,
+            key_heads=1,
+            dim=4,
+            value_dim=3,
+            positive=case.normalize,
+        )
+        self.case, self.name = case, name
+        self.inputs = [x.astype(case.dtype) for x in inputs]
+        self.decay = None if decay is None else decay.astype(case.dtype)
+        if case.decay == "per_head":
+            self.decay = np.linspace(-0.3, 0, 2).reshape(1, 1, 2)
+        self.parts = tuple(x * case.length // LENGTH for x in SPLITS[case.split])
+        self.mask, self.segments = self._mask(rng), self._segments(rng)
+        self.state, shapes = self._state(rng)
+        shapes = [self.inputs[0].shape[:3] + self.inputs[2].shape[3:], *shapes]
+        self.weights = [rng.standard_normal(x).astype(case.dtype) for x in shapes]
+
+    def _mask(self, rng):
+        if not self.case.mask:
+            return None
+        mask = rng.uniform(size=(2, self.case.length)) < 0.7
+        mask[0, : self.parts[0] + 1] = False  # of the first part of a row there is nothing
+        mask[1, self.parts[0] : self.parts[0] + 2] = False
+        return mask
+
+    def _segments(self, rng):
+        if not self.case.segments:
+            return None
+        changes = rng.uniform(size=(2, self.case.length)) < 0.1
+        if self.case.segments == "at borders":
+            changes[:] = False
+            changes[0, np.cumsum(self.parts)[:-1]] = True
+            changes[1, np.cumsum(self.parts)[-2]] = True
+        return np.cumsum(changes, axis=1).astype("int32") % 3
+
+    def _state(self, rng):
+        if not self.case.state:
+            return None, ()
+        options = {"masked": True, "ridge": 0.0, **self.options}
+        operator = operators.get(self.name, **options)
+        moments = 1 if self.decay is None else 2
+        shapes = operator.state_shapes(moments, 2, 4, 3 + self.case.normalize)
+        shapes = [(2, *shape) for shape in shapes]
+        return [rng.standard_normal(x).astype(self.case.dtype) for x in shapes], shapes
+
+    def to_run(self):
+        arrays = dict(zip(("query", "key", "value"), self.inputs, strict=True))
+        given = {"log_decay": self.decay, "mask": self.mask, "segment_ids": self.segments}
+        options = {"operator": self.name, "normalize": self.case.normalize, **self.options}
+        return {
+            "arrays": arrays | {name: x for name, x in given.items() if x is not None},
+            "state": self.state,
+            "weights": self.weights,
+            "parts": self.parts,
+            "options": options | {"chunk_size": self.case.chunk_size},
+        }
+
+    def reference(self):
+        """Outputs and states, and gradients, where masked tokens are zeros without decay."""
+        unmasked = np.ones((2, self.case.length)) if self.mask is None else self.mask
+        inputs = [x * unmasked[..., None, None] for x in self.inputs]
+        decay = np.zeros((1, 1, 2)) if self.decay is None else self.decay
+        decay = np.broadcast_to(decay, (2, self.case.length, 2)) * unmasked[..., None]
+        decay[self._starts(unmasked)] = -np.inf
+        definition = Reference(
+            serial,
+            self.name,
+            inputs,
+            decay,
+            self.state or (),
+            normalize=self.case.normalize,
+            **self.options,
+        )
+        found = definition.gradients(self.weights[0], self.weights[1:])
+        gradients = dict(zip(("query", "key", "value", "log_decay"), found[:4], strict=True))
+        for name, x in gradients.items():
+            gradients[name] = x * unmasked.reshape(*unmasked.shape, *[1] * (x.ndim - 2))
+        of_decay = gradients.pop("log_decay")
+        if self.decay is not None:
+            spread = tuple(axis for axis, n in enumerate(self.decay.shape) if n == 1)
+            gradients["log_decay"] = of_decay.sum(spread, keepdims=True)
+        states = definition.states if self.state else ()
+        # JAX goes through arguments in the order of their names.
+        gradients = [gradients[name] for name in sorted(gradients)]
+        return [definition.output, *states], [*gradients, *found[4:]]
+
+    def _starts(self, unmasked):
+        starts = np.zeros((2, self.case.length), bool)
+        if self.segments is None:
+            return starts
+        for row in range(2):
+            tokens = np.flatnonzero(unmasked[row])
+            ids = self.segments[row, tokens]
+            starts[row, tokens[1:]] = ids[1:] != ids[:-1]
+        return starts
+
+
+def evaluated(problems, folder):
+    """What `split_sequence.py` makes of each problem, by name."""
+    cases = [problem.to_run() for problem in problems.values()]
+    (folder / "cases").write_bytes(pickle.dumps(cases))
+    script = ROOT / "tests" / "split_sequence.py"
+    run_python(script, folder / "cases", folder / "results", backend=BACKEND)
+    return dict(zip(problems, pickle.loads((folder / "results").read_bytes()), strict=True))
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="it has no engine for it, as is tested here")
+def test_parts_are_the_whole(tmp_path):
+    """One test of all, as it takes long to start processes and to compile."""
+    problems = {name: Problem(case) for name, case in (CASES | SIZES).items()}
+    results = evaluated(problems, tmp_path)
+    wrong = {}
+    for name in CASES:
+        problem = problems[name]
+        tolerance = 1e-11 if problem.case.dtype == "float64" else 1e-5
+        for kind, found, expected in zip(
+            ("results", "gradients"), results[name], problem.reference(), strict=False
+        ):
+            assert {x.dtype for x in found} == {np.dtype(problem.case.dtype)}
+            errors = [relative_error(x, y) for x, y in zip(found, expected, strict=True)]
+            if not max(errors) < tolerance:
+                wrong[name, kind] = errors
+    assert not wrong
+    check_exchanges(*(results[name][2] for name in SIZES))
+
+
+def check_exchanges(short, long):
+    """Each pass exchanges the state of each device with its decay, whatever the length."""
+    rows_and_heads = 2 * 2
+    moments, values = rows_and_heads * (4 * 4 + 1), rows_and_heads * (4 * 3 + 1)
+    forward = [("all-gather", 4 * values), ("all-gather", 4 * moments)]
+    backward = [("reduce-scatter", values), ("reduce-scatter", moments)]
+    assert short == long == forward + backward
+
+
+def test_what_means_no_devices_is_refused():
+    q = np.ones((1, 4, 1, 2), "float32")
+    wrong = "needs the JAX or the PyTorch" if BACKEND == "tensorflow" else "must be"
+    for devices in ("nowhere", 4, object()):
+        with pytest.raises(ValueError, match=f"`context_parallel` {wrong}"):
+            higher_order_attention(q, q, q, context_parallel=devices)
+
+
+@pytest.mark.parametrize("options", [{"form": "matrix"}, {"form": "recurrent"}, {"causal": False}])
+def test_other_forms_are_refused(options):
+    q = np.ones((1, 4, 1, 2), "float32")
+    with pytest.raises(ValueError, match="`context_parallel` needs form='chunked'"):
+        higher_order_attention(q, q, q, context_parallel="parts", **options)
+
+
+def test_kernels_are_refused():
+    choice = kernels.choose(context_parallel="parts")
+    assert choice.implementation == "portable"
+    with pytest.raises(ValueError, match="no states between devices"):
+        kernels.choose(implementation="triton", context_parallel="parts")
