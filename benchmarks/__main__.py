@@ -6,27 +6,19 @@ written. Results are checked before they are timed, and on a GPU that the kernel
 announced; where that fails there is no time, and the exit status is 1.
 """
 
-import argparse
 import os
 from pathlib import Path
 import sys
 
+from benchmarks.arguments import names, parser
 from benchmarks.cases import KINDS, SHAPES, VOCABULARIES, Case
 
 OPERATORS = ("linear", "hla2", "ahla", "hla3", "hla2_published", "hla3_published")
 
 
-def names(text):
-    return [name for name in text.split(",") if name]
-
-
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+    command = parser("benchmarks", __doc__)
+    add = command.add_argument
     add("--backend", choices=("tensorflow", "jax", "torch"), required=True)
     add("--device", choices=("cpu", "gpu"), help="default: a GPU where the backend finds one")
     add(
@@ -64,17 +56,17 @@ def parse(argv):
         help="on a CPU: what a step adds to the peak of a fresh process (takes long)",
     )
     add("--output", type=Path, help="folder for the CSV and the PNG")
-    arguments = parser.parse_args(argv)
+    arguments = command.parse_args(argv)
     for operator in arguments.operators:
         if operator not in OPERATORS:
-            parser.error(f"--operators are of {', '.join(OPERATORS)}, not {operator}")
+            command.error(f"--operators are of {', '.join(OPERATORS)}, not {operator}")
     for kind in arguments.layers or []:
         if kind not in KINDS:
-            parser.error(f"--layers are of {', '.join(KINDS)}, not {kind}")
+            command.error(f"--layers are of {', '.join(KINDS)}, not {kind}")
     if arguments.layers and arguments.decay:
-        parser.error("--decay is for operators: layers are measured without and with it")
+        command.error("--decay is for operators: layers are measured without and with it")
     if arguments.layers and any(shape.count("x") != 3 for shape in arguments.shapes or []):
-        parser.error("with --layers --shapes are batch x heads x length x dim")
+        command.error("with --layers --shapes are batch x heads x length x dim")
     return arguments
 
 

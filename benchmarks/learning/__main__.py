@@ -9,31 +9,24 @@ in hla2+conv+decay (conv, rope, decay, multiscale, gate, qk_norm, ridge, unmaske
 block_default, linear+conv/hla2+conv layer by layer, softmax, softmax+conv, delta, delta+gate, gru.
 """
 
-import argparse
 import dataclasses
 import os
 from pathlib import Path
 import sys
 import time
 
+from benchmarks.arguments import names, parser
+
 MIXERS = "hla2+conv,ahla+conv,linear+conv,hla2+conv+rope,block_default,hla_default,softmax+conv,gru"
 
 COMPLETE, FAILED, NO_TIME = 0, 1, 3  # exit statuses
 
 
-def names(text):
-    return [name for name in text.split(",") if name]
-
-
 def parse(argv):
     from benchmarks.learning.tasks import SIZES, TASKS
 
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.learning",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+    command = parser("benchmarks.learning", __doc__)
+    add = command.add_argument
     add("--task", choices=list(TASKS), required=True)
     add("--mixers", type=names, default=names(MIXERS), help=f"default: {MIXERS}")
     add("--backend", choices=("jax",), default="jax", help="what is learned depends on none")
@@ -46,11 +39,11 @@ def parse(argv):
     add("--dtype", choices=("float32", "mixed_bfloat16"), default="float32")
     add("--minutes", type=float, help="start nothing that is expected to end later")
     add("--out", type=Path, default=Path("docs/evidence"), help="default: docs/evidence")
-    arguments = parser.parse_args(argv)
+    arguments = command.parse_args(argv)
     for name in ("width", "steps", "seeds", "at_once"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")
+            command.error(f"--{name.replace('_', '-')} must be positive, not {value}")
     return arguments
 
 

@@ -9,7 +9,7 @@ alone. Tests are at the length of training and at longer ones.
 import jax
 import jax.numpy as jnp
 
-from benchmarks.learning.tasks.task import Batch, Split, Task
+from benchmarks.learning.tasks.task import Batch, Split, Task, at_lengths
 
 
 def make(name, size):
@@ -21,10 +21,7 @@ def make(name, size):
         draw,
         train=Split((batch, length, vocabulary)),
         valid=Split((batch, length, vocabulary)),
-        tests={
-            f"{longer}": Split((batch, longer, vocabulary))
-            for longer in (length, 2 * length, 4 * length)
-        },
+        tests=at_lengths(batch, length, vocabulary),
         inputs=vocabulary,
         outputs=vocabulary,
         steps=steps,

@@ -9,7 +9,7 @@ token that asks. Tests are at the length of training and with more blanks.
 import jax
 import jax.numpy as jnp
 
-from benchmarks.learning.tasks.task import Batch, Split, Task
+from benchmarks.learning.tasks.task import Batch, Split, Task, at_lengths
 
 VOCABULARY = 16
 BLANK, COPY = VOCABULARY - 2, VOCABULARY - 1
@@ -24,10 +24,7 @@ def make(name, size):
         draw,
         train=Split((batch, length, count)),
         valid=Split((batch, length, count)),
-        tests={
-            f"{longer}": Split((batch, longer, count))
-            for longer in (length, 2 * length, 4 * length)
-        },
+        tests=at_lengths(batch, length, count),
         inputs=VOCABULARY,
         outputs=VOCABULARY,
         steps=steps,

@@ -53,10 +53,10 @@ def product_table(things):
 
 
 def draw(products, key, shape, choice):
-    """A batch of `shape`: sequences and their length; `choice`: the range of places that count."""
+    """A batch of `shape`: sequences and their length; `choice`: the range of what is asked."""
     begin, end = choice
     tokens = jax.random.randint(key, shape, 0, len(products))
     answers = jax.lax.associative_scan(lambda a, b: products[a, b], tokens, axis=1)
     place = jnp.arange(shape[1])
-    counts = jnp.broadcast_to((place >= begin) & (place < end), shape)
-    return Batch(tokens, answers, counts.astype("float32"))
+    asked = jnp.broadcast_to((place >= begin) & (place < end), shape)
+    return Batch(tokens, answers, asked.astype("float32"))

@@ -13,7 +13,7 @@ class Batch(NamedTuple):
     Args:
         inputs: tokens, `(batch, length)`, or numbers, `(batch, length, features)`.
         targets: what is asked: tokens, or numbers, `(batch, places)`.
-        weights: which of them count, `(batch, places)`: one, or zero.
+        weights: which of them are asked, `(batch, places)`: one, or zero.
         places: where in the sequence they are asked, `(batch, places)`. `None` is everywhere.
         mask: true where the input is not to be skipped, `(batch, length)`, or `None`.
     """
@@ -80,6 +80,11 @@ class Task:
     train_length: int = 256
     masked: bool = False
     placed: bool = True
+
+
+def at_lengths(batch, length, *rest):
+    """Tests at a length and at two and four times it, by name."""
+    return {f"{n * length}": Split((batch, n * length, *rest)) for n in (1, 2, 4)}
 
 
 def draw_distinct(key, count, limit, sequences):
