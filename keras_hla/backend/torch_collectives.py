@@ -11,7 +11,15 @@ _all_gather = getattr(distributed, "all_gather_single", distributed.all_gather_i
 _reduce_scatter = getattr(distributed, "reduce_scatter_single", distributed.reduce_scatter_tensor)
 
 
-class AllGather(torch.autograd.Function):
+class _OfGroup(torch.autograd.Function):
+    """A function of a tensor and the group of processes."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.group = inputs[1]
+
+
+class AllGather(_OfGroup):
     """The tensors of all processes of a group, stacked along a new first axis."""
 
     @staticmethod
@@ -22,15 +30,11 @@ class AllGather(torch.autograd.Function):
         return gathered.view(size, *x.shape)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.group = inputs[1]
-
-    @staticmethod
     def backward(ctx, gradient):
         return ReduceScatter.apply(gradient, ctx.group), None
 
 
-class ReduceScatter(torch.autograd.Function):
+class ReduceScatter(_OfGroup):
     """The sum over the processes of a group of their entries for this one, of the first axis."""
 
     @staticmethod
@@ -38,10 +42,6 @@ class ReduceScatter(torch.autograd.Function):
         total = x.new_empty((x[0].numel(),))
         _reduce_scatter(total, x.reshape(-1), group=group)
         return total.view(x.shape[1:])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.group = inputs[1]
 
     @staticmethod
     def backward(ctx, gradient):
