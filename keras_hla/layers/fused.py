@@ -61,7 +61,7 @@ def mix(layer, sequences, starts):
         sequences: tensor of shape `(batch, length, features)`, in the compute dtype.
         starts: boolean tensor `(batch, length)`, true where a segment starts, or `None`.
     """
-    return _run(layer, _record_mixer_alone, sequences, starts)
+    return _run(layer, _record_mixer_alone, _inputs(layer.cell, sequences, starts))
 
 
 def transform(block, sequences, starts, drop=None):
@@ -69,20 +69,19 @@ def transform(block, sequences, starts, drop=None):
 
     Between what `drop` acts on, as it draws random numbers, the block is two functions.
     """
+    inputs = _inputs(block.cell, sequences, starts)
     if drop is None:
-        return _run(block, _record_block, sequences, starts)
-    x = sequences + drop(_run(block, _record_mixer_branch, sequences, starts))
-    return x + drop(_run(block, _record_mlp_branch, x))
+        return _run(block, _record_block, inputs)
+    x = sequences + drop(_run(block, _record_mixer_branch, inputs))
+    return x + drop(_run(block, _record_mlp_branch, {"sequences": x}))
 
 
-def _run(layer, record, sequences, starts=None):
+def _run(layer, record, inputs):
+    programs = _programs.setdefault(layer, {})
+    key = record, "starts" in inputs
+    if key not in programs:
+        programs[key] = _program(layer, *key)
     with AutocastScope(None):  # as each stage casts, or does not
-        programs = _programs.setdefault(layer, {})
-        key = record, starts is not None
-        if key not in programs:
-            programs[key] = _program(layer, *key)
-        mixes = record is not _record_mlp_branch
-        inputs = _inputs(layer.cell, sequences, starts) if mixes else {"sequences": sequences}
         return programs[key](**inputs)
 
 
@@ -104,7 +103,8 @@ def _inputs(cell, sequences, starts):
     if cell.rope_max_wavelength is not None:
         inputs["cos"], inputs["sin"] = rotation_from_start(length, cell.turns, cell.state_dtype)
     if cell.decay != "input":
-        log_decay = None if cell.decay is None else cell.log_decay(sequences)
+        with AutocastScope(None):  # as the decay is in the dtype of states
+            log_decay = None if cell.decay is None else cell.log_decay(sequences)
         log_decay = arrange_log_decay(log_decay, length, cell.state_dtype, None, starts)
         inputs |= {} if log_decay is None else {"log_decay": log_decay}
     return inputs

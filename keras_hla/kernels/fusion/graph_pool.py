@@ -22,11 +22,11 @@ class GraphPool:
     def buffer(self, shape, dtype):
         """A tensor by which graphs exchange values with their callers, at once after they run."""
         key = tuple(shape), dtype
-        if key not in self._buffers:
+        buffer = self._buffers.get(key)
+        if buffer is None:
             buffer = torch.empty(shape, dtype=dtype, device=self._stream.device)
             self._buffers[key] = buffer
-            return buffer
-        return self._buffers[key]
+        return buffer
 
     def record(self, function):
         """Returns the graph of what a function launches, and its result."""

@@ -1,7 +1,7 @@
 """Programs recorded as CUDA graphs, which the host starts by one call.
 
-A graph reads and writes at the addresses at which it was recorded. So a recording has an input of
-its own, into which each call copies; weights are read where they are; and results are copied out
+A graph reads and writes at the addresses at which it was recorded. So a recording keeps its
+inputs, into which each call copies; weights are read where they are; and results are copied out
 of buffers that all recordings of a stream share.
 """
 
@@ -77,23 +77,22 @@ class Recording:
 
         # Once at once, which compiles the kernels.
         output, kept, saved = program.evaluate(tensors, bool(wanted))
-        self._output = self._pool.buffer(output.shape, output.dtype)
+        # Of the output, and later its gradient: each is read before the other is there.
+        self._result = self._pool.buffer(output.shape, output.dtype).zero_()
         if wanted:
-            # Each is read before the other is there, so that one buffer may be both.
-            self._gradient = self._pool.buffer(output.shape, output.dtype).zero_()
-            found = program.gradients({**tensors, **kept}, saved, self._gradient, wanted)
+            found = program.gradients({**tensors, **kept}, saved, self._result, wanted)
             self._found = _Gradients(self._pool, found, changing)
         del output, kept, saved
 
         def evaluate():
             output, *rest = program.evaluate(tensors, bool(wanted))
-            self._output.copy_(output)
+            self._result.copy_(output)
             return rest
 
         def find_gradients():
             kept, saved = self._kept
             values = {**tensors, **kept}
-            self._found.store(program.gradients(values, saved, self._gradient, wanted))
+            self._found.store(program.gradients(values, saved, self._result, wanted))
 
         # What gradients read is held, so that no graph has it overwritten by another's values.
         self._forward, self._kept = self._pool.record(evaluate)
@@ -112,7 +111,7 @@ class Recording:
                 if number in self._inputs:
                     self._inputs[number].copy_(x)
             self._forward.replay()
-            output = self._output.clone()
+            output = self._result.clone()
         return output
 
     def begin(self, tensors):
@@ -132,7 +131,7 @@ class Recording:
             )
         call.end()
         with self._pool.lock:
-            self._gradient.copy_(gradient)
+            self._result.copy_(gradient)
             self._backward.replay()
             found = self._found.copies()
         return [found.get(number) for number in self._numbers]
