@@ -32,6 +32,7 @@ for name in (
 ):
     setattr(gpu_triton, name, Part)
 
+# Imported last, as they read what is replaced above.
 import jax  # noqa: E402
 import jax_triton  # noqa: E402
 import keras  # noqa: E402

@@ -1,6 +1,6 @@
 """One sequence over several devices is evaluated as the whole.
 
-`split_sequence.py` evaluates the cases in processes of its own.
+`split_sequence.py` evaluates the cases in separate processes.
 """
 
 import dataclasses
