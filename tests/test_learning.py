@@ -260,7 +260,10 @@ def test_learns_records_and_resumes(tmp_path, monkeypatch, capsys):
     assert "no time left for 1 replicates" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["block_default", "delta+gate", "softmax+conv", "gru", "hla3"])
+MATCHED = ["hla2+rope+decay+conv", "delta+gate", "softmax+conv", "gru", "hla3"]
+
+
+@pytest.mark.parametrize("name", MATCHED)
 def test_numbers_of_weights_are_matched(name):
     task = tasks.make("s5", "full")
 

@@ -5,8 +5,8 @@
 For each mixer some learning rates are tried with one seed; the one of the smallest validation loss
 is trained with the other seeds. Each replicate is a row of FOLDER/TASK.csv, and what is there is
 not trained again. At the end the table is printed and drawn. Mixers: an operator with options, as
-in hla2+conv+decay (conv, rope, decay, multiscale, gate, qk_norm, ridge, unmasked), hla_default,
-block_default, linear+conv/hla2+conv layer by layer, softmax, softmax+conv, delta, delta+gate, gru.
+in hla2+conv+decay (conv, rope, decay, multiscale, gate, qk_norm, ridge, unmasked),
+linear+conv/hla2+conv layer by layer, softmax, softmax+conv, delta, delta+gate, gru.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import time
 
 from benchmarks.arguments import names, parser
 
-MIXERS = "hla2+conv,ahla+conv,linear+conv,hla2+conv+rope,block_default,hla_default,softmax+conv,gru"
+MIXERS = "hla2+conv,ahla+conv,linear+conv,hla2+rope,hla2+rope+decay+conv,softmax+conv,gru"
 
 COMPLETE, FAILED, NO_TIME = 0, 1, 3  # exit statuses
 

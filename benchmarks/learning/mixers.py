@@ -21,7 +21,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ridge": {"ridge": 1.0},
     "unmasked": {"masked": False},
 }
-ALIASES = {"hla_default": "hla2+rope", "block_default": "hla2+rope+decay+conv"}
 PEERS = {
     "softmax": lambda heads, dim: peers.Attention(heads, dim, conv=False),
     "softmax+conv": lambda heads, dim: peers.Attention(heads, dim, conv=True),
@@ -44,11 +43,11 @@ def check(name):
 
 
 def _check(name):
-    base, *options = ALIASES.get(name, name).split("+")
+    base, *options = name.split("+")
     known = base in OPERATORS and set(options) <= set(OPTIONS)
     if name not in PEERS and not known:
         raise ValueError(
-            f"A mixer must be one of {sorted([*PEERS, *ALIASES])}, or one of {sorted(OPERATORS)} "
+            f"A mixer must be one of {sorted(PEERS)}, or one of {sorted(OPERATORS)} "
             f"followed by options of {sorted(OPTIONS)}, as in 'hla2+conv'. Received: {name!r}"
         )
 
@@ -58,7 +57,7 @@ def make(name, heads, dim, implementation="portable"):
     check(name)
     if name in PEERS:
         return PEERS[name](heads, dim)
-    base, *options = ALIASES.get(name, name).split("+")
+    base, *options = name.split("+")
     arguments: dict[str, Any] = {"rope_max_wavelength": None}
     for option in options:
         arguments |= OPTIONS[option]

@@ -28,7 +28,7 @@ PANELS = {
         "language: bits a byte",
         "bytes of context, trained at 512",
         {
-            "block_default": "hla2",
+            "hla2+rope+decay+conv": "hla2",
             "linear+rope+decay+conv": "linear",
             "softmax+conv": "softmax attention",
         },
