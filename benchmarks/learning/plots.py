@@ -51,4 +51,4 @@ def _curves(ax, found, task):
 
 
 def _label(line):
-    return f"{line.mixer}, {line.settings['width']}"
+    return f"{line.mixer}, {line.settings['width']}, {line.settings['steps']} steps"

@@ -27,11 +27,18 @@ class Line(NamedTuple):
 
 
 def lines(rows, metric):
-    """A `Line` of each setting of the rows, in the order of the file."""
+    """A `Line` of each setting of the rows: the longest training first, and there the best one."""
     groups: dict[tuple, list[Any]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in SETTINGS), []).append(row)
-    return [_line(group, metric) for group in groups.values()]
+    found = [_line(group, metric) for group in groups.values()]
+    sign = -1 if metric == "accuracy" else 1
+
+    def order(line):
+        steps, width = int(line.settings["steps"]), int(line.settings["width"])
+        return -steps, -width, sign * statistics.mean(next(iter(line.tests.values())))
+
+    return sorted(found, key=order)
 
 
 def _line(rows, metric):
@@ -66,11 +73,12 @@ def table(found):
     """The lines as a table of Markdown."""
     tests = list(dict.fromkeys(name for line in found for name in line.tests))
     stepped = any(any(line.steps) for line in found)
-    head = ["mixer", "width", "weights", "state", "rate", "seeds", *tests]
+    head = ["mixer", "width", "steps", "weights", "state", "rate", "seeds", *tests]
     head += ["steps to 0.99"] * stepped
     text = [head, ["---"] * len(head)]
     for line in found:
-        cells = [line.mixer, line.settings["width"], f"{line.weights:,}", f"{line.state:,}"]
+        cells = [line.mixer, line.settings["width"], line.settings["steps"]]
+        cells += [f"{line.weights:,}", f"{line.state:,}"]
         cells += [f"{line.rate:g}" + " (edge)" * line.edge, str(len(line.curves))]
         cells += ["{:.4g} ± {:.2g}".format(*spread(line.tests[name])) for name in tests]
         cells += [_steps(line.steps)] * stepped

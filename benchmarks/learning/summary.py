@@ -10,7 +10,7 @@ import sys
 from typing import NamedTuple
 
 from benchmarks.learning.records import Records
-from benchmarks.learning.report import lines, spread
+from benchmarks.learning.report import Line, lines, spread
 
 
 class Panel(NamedTuple):
@@ -74,7 +74,9 @@ def save(folder):
 
     figure, axes = plt.subplots(1, len(PANELS), figsize=(14, 4), layout="constrained")
     for ax, (task, panel) in zip(axes, PANELS.items(), strict=True):
-        found = {x.mixer: x for x in lines(Records(folder, task).rows, panel.metric)}
+        found: dict[str, Line] = {}
+        for line in lines(Records(folder, task).rows, panel.metric):
+            found.setdefault(line.mixer, line)  # which is that of the longest training
         for mixer, name in panel.mixers.items():
             tests = found[mixer].tests
             mean, deviation = zip(*map(spread, tests.values()), strict=True)

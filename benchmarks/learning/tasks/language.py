@@ -43,6 +43,7 @@ def make(name, size):
         inputs=256,
         outputs=256,
         steps=steps,
+        rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
         width=64 if small else 256,
         heads=2 if small else 4,
         layers=2 if small else 4,
