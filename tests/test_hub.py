@@ -133,7 +133,8 @@ def test_long_prompts(language_model, reader, rng):
 
 def test_generation_with_other_blocks_is_the_naive_forward(prompts):
     causal_lm = make_lm(
-        operator="ahla",
+        num_layers=3,
+        operator=["ahla", "linear"],
         decay="learned",
         conv_kernel_size=None,
         rope_max_wavelength=None,
@@ -247,7 +248,7 @@ def test_padding_does_not_matter(rng):
     assert relative_error(outputs[1, -9:], alone) <= 1e-5
 
 
-@pytest.mark.parametrize("options", [{}, EVERY_OPTION])
+@pytest.mark.parametrize("options", [{}, EVERY_OPTION, {"operator": ["linear", "hla2"]}])
 def test_config(options):
     backbone = make_backbone(**options)
     config = backbone.get_config()
@@ -262,6 +263,12 @@ def test_config(options):
     assert isinstance(again, HLACausalLM)
     assert again.backbone.get_config() == config
     assert again.preprocessor.sequence_length == LENGTH
+
+
+def test_operators_in_turn():
+    backbone = make_backbone(num_layers=3, operator=("linear", "hla2"))
+    names = [block.get_config()["operator"] for block in backbone.decoder_blocks]
+    assert names == ["linear", "hla2", "linear"]
 
 
 def test_dropout_of_the_blocks_differs():
@@ -434,6 +441,8 @@ def test_score(language_model, reader, rng):
         ({"stateful": True}, "no argument `stateful`.*stateful=True"),
         ({"causal": False}, "no argument `causal`.*Received: causal=False"),
         ({"go_backwards": True}, "no argument `go_backwards`.*go_backwards=True"),
+        ({"operator": []}, r"`operator` must be .*Received: operator=\[\], num_layers=2"),
+        ({"operator": ["hla2"] * 3}, "`operator` must be .* at most `num_layers`.*num_layers=2"),
         ({"num_hedas": 3}, "passed to HLABackbone: {'num_hedas': 3}"),
     ],
 )

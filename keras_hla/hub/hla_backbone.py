@@ -25,6 +25,8 @@ class HLABackbone(Backbone):
         intermediate_dim: Size of the MLPs, as in `HLADecoderBlock`.
         key_dim: Size of each query and key head. `None` is
             `hidden_dim / num_heads`.
+        operator: Operator of the blocks, as in `HLACell`, or a list of operators,
+            which the blocks take in turn.
         dropout: Share in [0, 1) of the outputs of the mixers and of the MLPs
             that are dropped in training.
         norm_epsilon: Positive number, added to the mean squares of the norms.
@@ -35,7 +37,7 @@ class HLABackbone(Backbone):
         trainable: Whether the weights are trained.
         dtype: Dtype policy of all layers. States are float32 under every policy
             up to float32.
-        **kwargs: Other arguments of `HLADecoderBlock` (`decay`, `operator`,
+        **kwargs: Other arguments of `HLADecoderBlock` (`decay`,
             `num_key_value_heads`, `output_gate`, ...) but `return_state`,
             `stateful` and `causal`.
 
@@ -70,6 +72,7 @@ class HLABackbone(Backbone):
         hidden_dim,
         intermediate_dim=None,
         key_dim=None,
+        operator="hla2",
         dropout=0.0,
         norm_epsilon=1e-6,
         tie_word_embeddings=True,
@@ -99,6 +102,12 @@ class HLABackbone(Backbone):
                 "Argument `hidden_dim` must be a multiple of `num_heads`, or `key_dim` be given. "
                 f"Received: hidden_dim={hidden_dim}, num_heads={num_heads}, key_dim=None"
             )
+        in_turn = list(operator) if isinstance(operator, (list, tuple)) else [operator]
+        if not 0 < len(in_turn) <= num_layers:
+            raise ValueError(
+                "Argument `operator` must be an operator, or a list of at least one and at most "
+                f"`num_layers` of them. Received: operator={operator!r}, num_layers={num_layers}"
+            )
         self.token_embedding = keras.layers.ReversibleEmbedding(
             int(vocabulary_size),  # which may be NumPy's
             int(hidden_dim),
@@ -111,6 +120,7 @@ class HLABackbone(Backbone):
                 num_heads,
                 hidden_dim // num_heads if key_dim is None else key_dim,
                 intermediate_dim,
+                operator=in_turn[i % len(in_turn)],
                 dropout=dropout,
                 norm_epsilon=norm_epsilon,
                 seed=None if seed is None else seed + i,  # or all blocks would drop alike
@@ -141,6 +151,7 @@ class HLABackbone(Backbone):
         self.num_layers = num_layers
         self.hidden_dim = hidden_dim
         self.tie_word_embeddings = tie_word_embeddings
+        self._period = len(in_turn)
 
     def get_initial_state(self, batch_size):
         """Returns the states before the first token: for each block its list."""
@@ -167,8 +178,11 @@ class HLABackbone(Backbone):
         return self.norm(x), new_states
 
     def get_config(self):
-        # The blocks differ in their names alone, and in their seeds, which count up from the first.
-        block = self.decoder_blocks[0].get_config()
+        # The blocks differ in their names, in their seeds, which count up from the first, and in
+        # their operators.
+        block, *others = (x.get_config() for x in self.decoder_blocks[: self._period])
+        if others:
+            block["operator"] = [x["operator"] for x in (block, *others)]
         for argument in _FIXED:
             del block[argument]
         config = {
