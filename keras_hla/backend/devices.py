@@ -34,6 +34,12 @@ def devices_of(context_parallel):
     return devices
 
 
+def check_context_parallel(context_parallel):
+    """Refuses what means no devices, as far as that can be told outside of a call."""
+    if keras.config.backend() != "jax" or not isinstance(context_parallel, str):
+        devices_of(context_parallel)
+
+
 class JaxDevices:
     """Those along an axis of the mesh of a `jax.shard_map`."""
 
@@ -78,6 +84,8 @@ class TorchDevices:
     def __init__(self, group, index):
         self._group = group
         self.index = index
+        self._gathered = None  # in the first call of a function, to be read in later ones
+        self._position = 0
 
     @classmethod
     def of(cls, group):
@@ -95,7 +103,27 @@ class TorchDevices:
     def gather(self, x, axis):
         from keras_hla.backend.torch_collectives import AllGather
 
-        return AllGather.apply(x, self._group).movedim(0, axis)
+        if self._gathered is None:
+            return AllGather.apply(x, self._group).movedim(0, axis)
+        known = self._gathered[self._position : self._position + 1]
+        gathered = AllGather.apply(x, self._group, *known)
+        if not known:
+            self._gathered.append(gathered.detach())
+        self._position += 1
+        return gathered.movedim(0, axis)
+
+    def exchanging_once(self, function):
+        """The function, of which each call but the first reads what that one has gathered."""
+        gathered: list = []
+
+        def call(*arguments, **options):
+            self._gathered, self._position = gathered, 0
+            try:
+                return function(*arguments, **options)
+            finally:
+                self._gathered = None
+
+        return call
 
     def own(self, x, axis):
         return x.select(axis, self.index)

@@ -80,6 +80,25 @@ def scan_recomputed(step, state, inputs, variables):
     return scan_serially(keras.remat(step), state, inputs)
 
 
+def recomputed(function, devices):
+    """The function of tensors, which the backward pass computes again.
+
+    Under PyTorch it exchanges nothing then: processes may differ in what they compute again.
+
+    Args:
+        function: takes and returns nests of tensors.
+        devices: those with which it exchanges some, as `keras_hla.backend.devices` makes them.
+    """
+    if keras.config.backend() == "torch":
+        import torch
+
+        if torch.compiler.is_compiling():
+            return function
+        _check_that_torch_recomputes()
+        function = devices.exchanging_once(function)
+    return keras.remat(function)
+
+
 def _check_that_torch_recomputes():
     import torch
 

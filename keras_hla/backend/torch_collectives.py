@@ -20,10 +20,15 @@ class _OfGroup(torch.autograd.Function):
 
 
 class AllGather(_OfGroup):
-    """The tensors of all processes of a group, stacked along a new first axis."""
+    """The tensors of all processes of a group, stacked along a new first axis.
+
+    Where these are known, as they were gathered before, nothing is exchanged but gradients.
+    """
 
     @staticmethod
-    def forward(x, group):
+    def forward(x, group, known=None):
+        if known is not None:
+            return known.view_as(known)
         size = distributed.get_world_size(group)
         gathered = x.new_empty((size * x.numel(),))
         _all_gather(gathered, x.reshape(-1), group=group)
@@ -31,7 +36,7 @@ class AllGather(_OfGroup):
 
     @staticmethod
     def backward(ctx, gradient):
-        return ReduceScatter.apply(gradient, ctx.group), None
+        return ReduceScatter.apply(gradient, ctx.group), None, None
 
 
 class ReduceScatter(_OfGroup):

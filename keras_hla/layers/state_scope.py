@@ -51,6 +51,13 @@ class StateScope:
                     "A stream hands the states from piece to piece, and each sequence is another "
                     f"stream: make the model without `{name}` of layer '{layer.name}'"
                 )
+        if layer.context_parallel is not None:
+            raise ValueError(
+                "A stream is read by one device, which holds its states: layer "
+                f"'{layer.name}' must have context_parallel=None, as "
+                "`keras_hla.distribution.split_sequence(model, None)` makes it. "
+                f"Received: context_parallel={layer.context_parallel!r}"
+            )
         for name, needed in (("causal", True), ("go_backwards", False)):
             if getattr(layer, name) != needed:
                 raise ValueError(
