@@ -76,17 +76,18 @@ def scan_recomputed(step, state, inputs, variables):
 
         if torch.compiler.is_compiling():  # No checkpoint may call layers there.
             return scan_serially(step, state, inputs)
-        _check_that_torch_recomputes()
+        step = _recomputable_by_torch(step, variables)
     return scan_serially(keras.remat(step), state, inputs)
 
 
-def recomputed(function, devices):
+def recomputed(function, variables, devices):
     """The function of tensors, which the backward pass computes again.
 
     Under PyTorch it exchanges nothing then: processes may differ in what they compute again.
 
     Args:
         function: takes and returns nests of tensors.
+        variables: list of the `keras.Variable`s that it reads.
         devices: those with which it exchanges some, as `keras_hla.backend.devices` makes them.
     """
     if keras.config.backend() == "torch":
@@ -94,12 +95,13 @@ def recomputed(function, devices):
 
         if torch.compiler.is_compiling():
             return function
-        _check_that_torch_recomputes()
-        function = devices.exchanging_once(function)
+        function = devices.exchanging_once(_recomputable_by_torch(function, variables))
     return keras.remat(function)
 
 
-def _check_that_torch_recomputes():
+def _recomputable_by_torch(function, variables):
+    """The function, which reads the values that variables have now when it is called again."""
+    from keras.src.backend import in_stateless_scope  # which has no public name
     import torch
 
     try:  # What recomputes needs such hooks, which some transforms forbid.
@@ -107,6 +109,15 @@ def _check_that_torch_recomputes():
             pass
     except RuntimeError as error:
         raise ValueError(_NOT_RECOMPUTED.format("gradient by `torch.func`")) from error
+    if not in_stateless_scope():
+        return function
+    values = [(v, v.value) for v in variables]
+
+    def call(*arguments, **options):  # in the backward pass, too, which the scope does not hold
+        with keras.StatelessScope(state_mapping=values):
+            return function(*arguments, **options)
+
+    return call
 
 
 def _scan_recomputed_tensorflow(step, state, inputs, variables):

@@ -315,7 +315,7 @@ class HLA(CompositeLayer):
         if not self.causal or not is_known(length) or longest is None or length <= longest:
             return whole(states, **inputs)
         if part is not None:  # each pass is of all devices, so that there is no cutting it
-            return recomputed(whole, part.devices)(states, **inputs)
+            return recomputed(whole, self.cell.weights, part.devices)(states, **inputs)
         if states is None:
             states = self.get_initial_state(ops.shape(sequences)[0])
         return scan_rematerialized(self._one_part, states, inputs, longest, self.cell.weights)

@@ -30,7 +30,7 @@ class SequencePart:
         self._is_earlier = count_up(facts.shape[1]) < devices.index
 
     def positions(self, position):
-        """The position before the own part and that after all, from that before all, `(batch, 2)`."""
+        """The positions `(batch, 2)` before the own part and after all, from that before all."""
         before = ops.sum(ops.where(self._is_earlier, self._tokens, 0), axis=1, keepdims=True)
         total = ops.sum(self._tokens, axis=1, keepdims=True)
         after = self.devices.shared(moved_on(position, total))
