@@ -102,7 +102,12 @@ LAYERS = {
     ),
     "computed again": LayerCase("HLA", {"remat_length": 5, "conv_kernel_size": 4}),
     "a layer in float32": LayerCase(
-        "HLA", {"decay": "learned"}, split=2, state=False, dtype="float32", segments="anywhere"
+        "HLA",
+        {"decay": "learned", "output_norm": False},
+        split=2,
+        state=False,
+        segments="anywhere",
+        dtype="float32",
     ),
     "a block": LayerCase(
         "HLADecoderBlock",
@@ -149,7 +154,7 @@ class LayerProblem:
 
         # No weight has as many rows as the batch, or columns as there are tokens.
         self.weights = {
-            w.path.partition("/")[2]: np.asarray(w, case.dtype) + 0.3 * draw(*w.shape)
+            w.path.partition("/")[2]: 0.4 * draw(*w.shape) + ("scale" in w.path)
             for w in layer.trainable_weights
         }
         shape = (2, case.length)

@@ -17,6 +17,7 @@ import warnings
 import numpy as np
 import split_layers
 
+from keras_hla import distribution
 from keras_hla.ops import higher_order_attention
 
 DEVICES = 4
@@ -154,7 +155,7 @@ def torch_process(rank, cases, folder):
     meshes = {n: init_device_mesh("cpu", (DEVICES // n, n), mesh_dim_names=names) for n in (2, 4)}
     check_second_gradients(rank)
     if rank < 2:  # as to load the compiler takes a while
-        check_that_it_compiles(meshes[2].get_group("parts"))
+        check_compiled_and_recomputed(meshes[2].get_group("parts"))
     found = [torch_result(case, meshes[len(case["parts"])]) for case in cases]
     (Path(folder) / str(rank)).write_bytes(pickle.dumps(found))
     torch.distributed.destroy_process_group()
@@ -174,21 +175,30 @@ def check_second_gradients(rank):
     torch.testing.assert_close(second, DEVICES * 6 * x)
 
 
-def check_that_it_compiles(group):
-    """To one graph, with its exchanges."""
+def check_compiled_and_recomputed(group):
+    """A layer to one graph, with its exchanges, and without before; and in a checkpoint."""
+    import keras
     import torch
 
-    def attention(x):
-        return higher_order_attention(x, x, x, "linear", log_decay=-0.1, context_parallel=group)
-
-    x = torch.randn(1, 6, 1, 2, requires_grad=True)
-    expected, output = (
-        attention(x),
-        torch.compile(attention, fullgraph=True, backend="aot_eager")(x),
-    )
-    torch.testing.assert_close(output, expected)
-    found = (torch.autograd.grad(y.square().sum(), x)[0] for y in (output, expected))
-    torch.testing.assert_close(*found)
+    keras.utils.set_random_seed(0)
+    layer = split_layers.build("HLA", num_heads=1, key_dim=2, operator="linear")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 6, split_layers.FEATURES, requires_grad=True)
+    whole = layer(x)
+    torch.testing.assert_close(compiled(x), whole)
+    own = 3 * torch.distributed.get_rank(group) + torch.arange(3)
+    distribution.split_sequence(layer, group)
+    # A checkpoint of all, in the backward pass of which nothing says again that it is split.
+    checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, layer, use_reentrant=False)
+    expected = torch.autograd.grad(whole.square().sum(), x)
+    for function in (layer, compiled, checkpoint):
+        part = x[:, own].detach().requires_grad_()
+        output = function(part)
+        torch.testing.assert_close(output, whole[:, own])
+        (gradient,) = torch.autograd.grad(output.square().sum(), part)
+        torch.testing.assert_close(gradient, expected[0][:, own])
+    distribution.split_sequence(layer, None)
+    torch.testing.assert_close(compiled(x), whole)
 
 
 def torch_result(case, mesh):

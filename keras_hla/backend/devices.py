@@ -84,8 +84,8 @@ class TorchDevices:
     def __init__(self, group, index):
         self._group = group
         self.index = index
-        self._gathered = None  # in the first call of a function, to be read in later ones
-        self._position = 0
+        self._gathered: list | None = None  # by a function that is computed again
+        self._to_read: list = []  # of what it gathered in its first call
 
     @classmethod
     def of(cls, group):
@@ -101,15 +101,14 @@ class TorchDevices:
         return None if index < 0 else cls(group, index)
 
     def gather(self, x, axis):
-        from keras_hla.backend.torch_collectives import AllGather
+        from keras_hla.backend.torch_collectives import AllGather, GatheredBefore
 
-        if self._gathered is None:
-            return AllGather.apply(x, self._group).movedim(0, axis)
-        known = self._gathered[self._position : self._position + 1]
-        gathered = AllGather.apply(x, self._group, *known)
-        if not known:
+        if self._to_read:
+            known = self._to_read.pop(0)
+            return GatheredBefore.apply(x, self._group, known).movedim(0, axis)
+        gathered = AllGather.apply(x, self._group)
+        if self._gathered is not None:
             self._gathered.append(gathered.detach())
-        self._position += 1
         return gathered.movedim(0, axis)
 
     def exchanging_once(self, function):
@@ -117,11 +116,11 @@ class TorchDevices:
         gathered: list = []
 
         def call(*arguments, **options):
-            self._gathered, self._position = gathered, 0
+            self._gathered, self._to_read = gathered, list(gathered)
             try:
                 return function(*arguments, **options)
             finally:
-                self._gathered = None
+                self._gathered, self._to_read = None, []
 
         return call
 

@@ -20,19 +20,26 @@ class _OfGroup(torch.autograd.Function):
 
 
 class AllGather(_OfGroup):
-    """The tensors of all processes of a group, stacked along a new first axis.
-
-    Where these are known, as they were gathered before, nothing is exchanged but gradients.
-    """
+    """The tensors of all processes of a group, stacked along a new first axis."""
 
     @staticmethod
-    def forward(x, group, known=None):
-        if known is not None:
-            return known.view_as(known)
+    def forward(x, group):
         size = distributed.get_world_size(group)
         gathered = x.new_empty((size * x.numel(),))
         _all_gather(gathered, x.reshape(-1), group=group)
         return gathered.view(size, *x.shape)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ReduceScatter.apply(gradient, ctx.group), None
+
+
+class GatheredBefore(_OfGroup):
+    """`AllGather` where the result is known, and nothing but gradients is exchanged."""
+
+    @staticmethod
+    def forward(x, group, known):
+        return known.view_as(known)
 
     @staticmethod
     def backward(ctx, gradient):
