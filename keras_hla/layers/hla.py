@@ -69,8 +69,9 @@ class HLA(CompositeLayer):
         remat_length: Longest sequence of which all is kept that the gradients
             need. A longer one is taken in parts of at most this length, each
             computed a second time for its gradients, which saves memory. `None`
-            is no limit. It needs a length known when the call is traced, and
-            `causal=True`. Of a longer one there is no gradient by `torch.func`, and
+            is no limit. Where several devices hold a sequence, the part of one is not
+            cut, but computed again as a whole. It needs a length known when the call
+            is traced, and `causal=True`. Of a longer one there is no gradient by `torch.func`, and
             under TensorFlow neither forward mode nor a gradient of gradients. Within
             `torch.compile` the compiler chooses what is computed a second time: see
             PyTorch's `activation_memory_budget`.
