@@ -66,7 +66,21 @@ def run_jax(cases):
 
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_enable_x64", True)
+    check_batches_in_loops()
     return [jax_result(case) for case in cases]
+
+
+def check_batches_in_loops():
+    """A loop starts from zeros, which are the same on all devices, and goes on with their rows."""
+    import jax
+    from jax.sharding import Mesh, PartitionSpec
+
+    rows = PartitionSpec("rows")
+    mesh = Mesh(np.array(jax.devices()), ("rows",))
+    layer = split_layers.build("HLA", num_heads=1, key_dim=2, operator="linear", remat_length=3)
+    x = np.random.default_rng(0).standard_normal((DEVICES, 6, split_layers.FEATURES))
+    found = jax.shard_map(layer, mesh=mesh, in_specs=rows, out_specs=rows)(x)
+    np.testing.assert_allclose(found, layer(x), rtol=1e-4, atol=1e-5)
 
 
 def jax_result(case):
