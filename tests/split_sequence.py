@@ -6,6 +6,7 @@ Devices are virtual CPUs under JAX, and processes under PyTorch. They form a mes
 by parts of the length.
 """
 
+import functools
 import os
 from pathlib import Path
 import pickle
@@ -14,20 +15,25 @@ import sys
 import warnings
 
 import numpy as np
+import split_layers
 
+from keras_hla import distribution
 from keras_hla.ops import higher_order_attention
 
 DEVICES = 4
-DIFFERENTIABLE = ("query", "key", "value", "log_decay")
+DIFFERENTIABLE = ("query", "key", "value", "log_decay", "sequences")
 
 
 def axes_of(case, x):
     """Whether an array is split along the batch, and along the length."""
-    batch, length = case["arrays"]["query"].shape[:2]
+    batch, length = case["shape"]
     return x.shape[0] == batch, len(x.shape) > 1 and x.shape[1] == length
 
 
 def attend(case, arrays, state, context_parallel):
+    """The outputs, and the list of states."""
+    if "layer" in case:
+        return split_layers.call(case, arrays, state, context_parallel)
     return higher_order_attention(
         **arrays,
         initial_state=state,
@@ -39,9 +45,20 @@ def attend(case, arrays, state, context_parallel):
 
 def split_arguments(case):
     """What is differentiated, with the initial state, and the other arrays."""
-    variables = {name: x for name, x in case["arrays"].items() if name in DIFFERENTIABLE}
-    rest = {name: x for name, x in case["arrays"].items() if name not in DIFFERENTIABLE}
+
+    def is_variable(name):
+        return name in DIFFERENTIABLE or name.startswith("weight")
+
+    variables = {name: x for name, x in case["arrays"].items() if is_variable(name)}
+    rest = {name: x for name, x in case["arrays"].items() if not is_variable(name)}
     return (variables, case["state"]), rest
+
+
+def on_one_device(case, arrays, state):
+    """What the parts are held to where it takes a layer: its cell's loop, or one device."""
+    if case["beside"] == "loop":
+        return split_layers.loop(case, arrays, state)
+    return split_layers.call(case, arrays, state)
 
 
 def run_jax(cases):
@@ -49,7 +66,21 @@ def run_jax(cases):
 
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_enable_x64", True)
+    check_batches_in_loops()
     return [jax_result(case) for case in cases]
+
+
+def check_batches_in_loops():
+    """A loop starts from zeros, which are the same on all devices, and goes on with their rows."""
+    import jax
+    from jax.sharding import Mesh, PartitionSpec
+
+    rows = PartitionSpec("rows")
+    mesh = Mesh(np.array(jax.devices()), ("rows",))
+    layer = split_layers.build("HLA", num_heads=1, key_dim=2, operator="linear", remat_length=3)
+    x = np.random.default_rng(0).standard_normal((DEVICES, 6, split_layers.FEATURES))
+    found = jax.shard_map(layer, mesh=mesh, in_specs=rows, out_specs=rows)(x)
+    np.testing.assert_allclose(found, layer(x), rtol=1e-4, atol=1e-5)
 
 
 def jax_result(case):
@@ -61,7 +92,7 @@ def jax_result(case):
     names = ("rows", "parts")
 
     def spec(x):
-        axes = zip(names, axes_of(case, x), strict=True)
+        axes = list(zip(names, axes_of(case, x), strict=True))[: x.ndim]
         return PartitionSpec(*(name if is_split else None for name, is_split in axes))
 
     variables, rest = split_arguments(case)
@@ -69,19 +100,32 @@ def jax_result(case):
         lambda variables, rest: attend(case, {**variables[0], **rest}, variables[1], "parts"),
         mesh=mesh,
         in_specs=jax.tree.map(spec, (variables, rest)),
-        out_specs=(PartitionSpec("rows", "parts"), PartitionSpec("rows")),
+        out_specs=(spec(case["weights"][0]), PartitionSpec("rows")),
     )
+    found, program = jax_gradients(case, attention)
+    exchanges = exchanges_of_program(program.as_text())
+    if case.get("beside") is None:
+        return *found, exchanges
+    whole, _ = jax_gradients(
+        case, lambda variables, rest: on_one_device(case, {**variables[0], **rest}, variables[1])
+    )
+    return *found, exchanges, whole
+
+
+def jax_gradients(case, function):
+    """The results of a function and the gradients, and the program that computes them."""
+    import jax
 
     def loss(variables, rest, weights):
-        results = attention(variables, rest)
+        results = function(variables, rest)
         results = [results[0], *results[1]][: len(weights)]
         return sum((x * w).sum() for x, w in zip(results, weights, strict=True)), results
 
+    arguments = *split_arguments(case), case["weights"]
     differentiated = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    program = differentiated.lower(variables, rest, case["weights"]).compile()
-    (_, results), gradients = program(variables, rest, case["weights"])
-    found = jax.tree.map(np.asarray, (results, jax.tree.leaves(gradients)))
-    return *found, exchanges_of_program(program.as_text())
+    program = differentiated.lower(*arguments).compile()
+    (_, results), gradients = program(*arguments)
+    return jax.tree.map(np.asarray, (results, jax.tree.leaves(gradients))), program
 
 
 def exchanges_of_program(text):
@@ -125,7 +169,7 @@ def torch_process(rank, cases, folder):
     meshes = {n: init_device_mesh("cpu", (DEVICES // n, n), mesh_dim_names=names) for n in (2, 4)}
     check_second_gradients(rank)
     if rank < 2:  # as to load the compiler takes a while
-        check_that_it_compiles(meshes[2].get_group("parts"))
+        check_compiled_and_recomputed(meshes[2].get_group("parts"))
     found = [torch_result(case, meshes[len(case["parts"])]) for case in cases]
     (Path(folder) / str(rank)).write_bytes(pickle.dumps(found))
     torch.distributed.destroy_process_group()
@@ -145,21 +189,30 @@ def check_second_gradients(rank):
     torch.testing.assert_close(second, DEVICES * 6 * x)
 
 
-def check_that_it_compiles(group):
-    """To one graph, with its exchanges."""
+def check_compiled_and_recomputed(group):
+    """A layer to one graph, with its exchanges, and without before; and in a checkpoint."""
+    import keras
     import torch
 
-    def attention(x):
-        return higher_order_attention(x, x, x, "linear", log_decay=-0.1, context_parallel=group)
-
-    x = torch.randn(1, 6, 1, 2, requires_grad=True)
-    expected, output = (
-        attention(x),
-        torch.compile(attention, fullgraph=True, backend="aot_eager")(x),
-    )
-    torch.testing.assert_close(output, expected)
-    found = (torch.autograd.grad(y.square().sum(), x)[0] for y in (output, expected))
-    torch.testing.assert_close(*found)
+    keras.utils.set_random_seed(0)
+    layer = split_layers.build("HLA", num_heads=1, key_dim=2, operator="linear")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 6, split_layers.FEATURES, requires_grad=True)
+    whole = layer(x)
+    torch.testing.assert_close(compiled(x), whole)
+    own = 3 * torch.distributed.get_rank(group) + torch.arange(3)
+    distribution.split_sequence(layer, group)
+    # A checkpoint of all, in the backward pass of which nothing says again that it is split.
+    checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, layer, use_reentrant=False)
+    expected = torch.autograd.grad(whole.square().sum(), x)
+    for function in (layer, compiled, checkpoint):
+        part = x[:, own].detach().requires_grad_()
+        output = function(part)
+        torch.testing.assert_close(output, whole[:, own])
+        (gradient,) = torch.autograd.grad(output.square().sum(), part)
+        torch.testing.assert_close(gradient, expected[0][:, own])
+    distribution.split_sequence(layer, None)
+    torch.testing.assert_close(compiled(x), whole)
 
 
 def torch_result(case, mesh):
@@ -167,9 +220,27 @@ def torch_result(case, mesh):
 
     exchanges = record_exchanges()
     row, part = mesh.get_coordinate()
-    rows = case["arrays"]["query"].shape[0] // mesh.shape[0]
+    rows = case["shape"][0] // mesh.shape[0]
     borders = np.cumsum([0, *case["parts"]])
-    slices = slice(row * rows, (row + 1) * rows), slice(*borders[part : part + 2])
+    own = slice(row * rows, (row + 1) * rows), slice(*borders[part : part + 2])
+    # A mesh, or a group of processes.
+    devices = mesh["parts"] if len(case["parts"]) == 2 else mesh.get_group("parts")
+    # What all processes have alike, one of them adds.
+    shares = [float(axes_of(case, w)[1] or part == 0) for w in case["weights"]]
+    found = torch_gradients(
+        case, functools.partial(attend, case, context_parallel=devices), own, shares
+    )
+    exchanges.sort()
+    if case.get("beside") is None or torch.distributed.get_rank() > 0:
+        return *found, exchanges
+    everything = slice(None), slice(None)
+    whole = functools.partial(on_one_device, case)
+    return *found, exchanges, torch_gradients(case, whole, everything, [1.0] * len(shares))
+
+
+def torch_gradients(case, function, slices, shares):
+    """The results of a function of slices of the arrays, and the gradients of their sums."""
+    import torch
 
     def own(x, recorded=False):
         axes = zip(slices, axes_of(case, x), strict=True)
@@ -179,19 +250,13 @@ def torch_result(case, mesh):
     (variables, state), rest = split_arguments(case)
     variables = {name: own(x, True) for name, x in variables.items()}
     state = None if state is None else [own(x, True) for x in state]
-    rest = {name: own(x) for name, x in rest.items()}
-    # A mesh, or a group of processes.
-    devices = mesh["parts"] if len(case["parts"]) == 2 else mesh.get_group("parts")
-    results = attend(case, {**variables, **rest}, state, devices)
+    results = function({**variables, **{name: own(x) for name, x in rest.items()}}, state)
     results = [results[0], *results[1]][: len(case["weights"])]
-    # What all processes have alike, one of them adds.
-    shares = [1.0, *[float(part == 0)] * (len(results) - 1)]
     terms = zip(results, case["weights"], shares, strict=True)
     loss = sum((x * own(w)).sum() * share for x, w, share in terms)
     leaves = [variables[name] for name in sorted(variables)] + (state or [])
     gradients = torch.autograd.grad(loss, leaves)
-    found = [[x.detach().numpy() for x in xs] for xs in (results, gradients)]
-    return *found, sorted(exchanges)
+    return [[x.detach().numpy() for x in xs] for xs in (results, gradients)]
 
 
 def record_exchanges():
@@ -223,9 +288,11 @@ def joined(case, of_ranks):
     results = []
     for i in range(len(case["weights"])):
         parts = [[found[0][i] for found in row] for row in rows]
-        if i:  # a state, which all parts have alike
+        per_token = axes_of(case, case["weights"][i])[1]
+        if not per_token:  # a state, which all parts have alike
             assert all((x == row[0]).all() for row in parts for x in row)
-        results.append(np.concatenate([row[0] if i else np.concatenate(row, 1) for row in parts]))
+        parts = [np.concatenate(row, 1) if per_token else row[0] for row in parts]
+        results.append(np.concatenate(parts))
     variables, state = split_arguments(case)[0]
     wholes = [variables[name] for name in sorted(variables)] + (state or [])
     gradients = []
@@ -234,7 +301,7 @@ def joined(case, of_ranks):
         parts = [[found[1][i] for found in row] for row in rows]
         parts = [np.concatenate(row, 1) if along_parts else sum(row) for row in parts]
         gradients.append(np.concatenate(parts) if along_rows else sum(parts))
-    return results, gradients, of_ranks[0][2]
+    return results, gradients, *of_ranks[0][2:]
 
 
 if __name__ == "__main__":

@@ -44,11 +44,12 @@ MAY_IMPORT = {
     # What users call.
     "layers": "backend checks evaluate inputs kernels kernels.fusion masking operators precision "
     "scan stages",
+    "distribution": "layers",
     "ops": "backend checks evaluate forms grouping inputs kernels operators",
     "streaming": "backend checks layers",
     "export": "backend checks streaming",
     "hub": "checks layers streaming",
-    "": "kernels layers operators ops streaming export",  # `keras_hla` itself
+    "": "distribution kernels layers operators ops streaming export",  # `keras_hla` itself
 }
 
 # Other packages than Keras and NumPy, and the rows that import them. All else is written in Keras'

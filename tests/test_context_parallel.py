@@ -10,6 +10,16 @@ from backends import relative_error
 from definitions import Reference, serial
 from family import VARIANTS, draw, split
 import keras
+from layer_problems import (
+    LAYER_SIZES,
+    LAYERS,
+    LENGTH,
+    LayerProblem,
+    draw_mask,
+    draw_segments,
+    parts_of,
+    starts_of,
+)
 import numpy as np
 import pytest
 from scripts import ROOT, run_python
@@ -18,8 +28,6 @@ from keras_hla import kernels, operators
 from keras_hla.ops import higher_order_attention
 
 BACKEND = keras.config.backend()
-LENGTH = 40
-SPLITS = {2: (20, 20), 4: (10, 10, 10, 10), "uneven": (7, 0, 20, 13)}
 
 
 @dataclasses.dataclass
@@ -81,29 +89,12 @@ class Problem:
         self.decay = None if decay is None else decay.astype(case.dtype)
         if case.decay == "per_head":
             self.decay = np.linspace(-0.3, 0, 2).reshape(1, 1, 2)
-        self.parts = tuple(x * case.length // LENGTH for x in SPLITS[case.split])
-        self.mask, self.segments = self._mask(rng), self._segments(rng)
+        self.parts = parts_of(case)
+        self.mask = draw_mask(rng, case, self.parts)
+        self.segments = draw_segments(rng, case, self.parts)
         self.state, shapes = self._state(rng)
         shapes = [self.inputs[0].shape[:3] + self.inputs[2].shape[3:], *shapes]
         self.weights = [rng.standard_normal(x).astype(case.dtype) for x in shapes]
-
-    def _mask(self, rng):
-        if not self.case.mask:
-            return None
-        mask = rng.uniform(size=(2, self.case.length)) < 0.7
-        mask[0, : self.parts[0] + 1] = False  # of the first part of a row there is nothing
-        mask[1, self.parts[0] : self.parts[0] + 2] = False
-        return mask
-
-    def _segments(self, rng):
-        if not self.case.segments:
-            return None
-        changes = rng.uniform(size=(2, self.case.length)) < 0.1
-        if self.case.segments == "at borders":
-            changes[:] = False
-            changes[0, np.cumsum(self.parts)[:-1]] = True
-            changes[1, np.cumsum(self.parts)[-2]] = True
-        return np.cumsum(changes, axis=1).astype("int32") % 3
 
     def _state(self, rng):
         if not self.case.state:
@@ -124,6 +115,7 @@ class Problem:
             "state": self.state,
             "weights": self.weights,
             "parts": self.parts,
+            "shape": self.inputs[0].shape[:2],
             "options": options | {"chunk_size": self.case.chunk_size},
         }
 
@@ -133,7 +125,7 @@ class Problem:
         inputs = [x * unmasked[..., None, None] for x in self.inputs]
         decay = np.zeros((1, 1, 2)) if self.decay is None else self.decay
         decay = np.broadcast_to(decay, (2, self.case.length, 2)) * unmasked[..., None]
-        decay[self._starts(unmasked)] = -np.inf
+        decay[starts_of(self.segments, unmasked)] = -np.inf
         definition = Reference(
             serial,
             self.name,
@@ -156,44 +148,58 @@ class Problem:
         gradients = [gradients[name] for name in sorted(gradients)]
         return [definition.output, *states], [*gradients, *found[4:]]
 
-    def _starts(self, unmasked):
-        starts = np.zeros((2, self.case.length), bool)
-        if self.segments is None:
-            return starts
-        for row in range(2):
-            tokens = np.flatnonzero(unmasked[row])
-            ids = self.segments[row, tokens]
-            starts[row, tokens[1:]] = ids[1:] != ids[:-1]
-        return starts
 
-
-def evaluated(problems, folder):
-    """What `split_sequence.py` makes of each problem, by name."""
-    cases = [problem.to_run() for problem in problems.values()]
-    (folder / "cases").write_bytes(pickle.dumps(cases))
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """What `split_sequence.py` makes of each problem: at once, as it takes long to start."""
+    cases = {
+        **{name: Problem(case) for name, case in (CASES | SIZES).items()},
+        **{("layer", name): LayerProblem(x) for name, x in (LAYERS | LAYER_SIZES).items()},
+    }
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "cases").write_bytes(pickle.dumps([problem.to_run() for problem in cases.values()]))
     script = ROOT / "tests" / "split_sequence.py"
     run_python(script, folder / "cases", folder / "results", backend=BACKEND)
-    return dict(zip(problems, pickle.loads((folder / "results").read_bytes()), strict=True))
+    results = pickle.loads((folder / "results").read_bytes())
+    return {name: (problem, *x) for (name, problem), x in zip(cases.items(), results, strict=True)}
 
 
-@pytest.mark.skipif(BACKEND == "tensorflow", reason="it has no engine for it, as is tested here")
-def test_parts_are_the_whole(tmp_path):
-    """One test of all, as it takes long to start processes and to compile."""
-    problems = {name: Problem(case) for name, case in (CASES | SIZES).items()}
-    results = evaluated(problems, tmp_path)
-    wrong = {}
-    for name in CASES:
-        problem = problems[name]
-        tolerance = 1e-11 if problem.case.dtype == "float64" else 1e-5
-        for kind, found, expected in zip(
-            ("results", "gradients"), results[name], problem.reference(), strict=False
-        ):
-            assert {x.dtype for x in found} == {np.dtype(problem.case.dtype)}
-            errors = [relative_error(x, y) for x, y in zip(found, expected, strict=True)]
-            if not max(errors) < tolerance:
-                wrong[name, kind] = errors
-    assert not wrong
-    check_exchanges(*(results[name][2] for name in SIZES))
+without_engine = pytest.mark.skipif(
+    BACKEND == "tensorflow", reason="it has no engine for it, as is tested here"
+)
+
+
+@without_engine
+@pytest.mark.parametrize("name", CASES)
+def test_parts_are_the_whole(evaluated, name):
+    problem, *found, _ = evaluated[name]
+    check(problem, found, problem.reference())
+
+
+@without_engine
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_parts_are_those_of_the_whole(evaluated, name):
+    problem, results, gradients, _, *beside = evaluated["layer", name]
+    if problem.case.definition:
+        results = [results[0] * problem.unmasked[..., None]]
+        beside = [problem.reference()]
+    check(problem, (results, gradients), *beside)
+
+
+def check(problem, found, expected):
+    """Holds results and gradients to those expected, of which there may be more."""
+    tolerance = 1e-11 if problem.case.dtype == "float64" else 1e-5
+    for kind, *both in zip(("results", "gradients"), found, expected, strict=True):
+        assert {x.dtype for x in both[0]} == {np.dtype(problem.case.dtype)}
+        errors = [relative_error(x, y) for x, y in zip(*both, strict=True)]
+        assert max(errors) < tolerance, f"{kind}: {[f'{x:.0e}' for x in errors]}"
+
+
+@without_engine
+def test_what_is_exchanged_does_not_depend_on_the_length(evaluated):
+    check_exchanges(*(evaluated[name][3] for name in SIZES))
+    short, long = (evaluated["layer", name][3] for name in LAYER_SIZES)
+    assert short == long
 
 
 def check_exchanges(short, long):

@@ -98,6 +98,13 @@ def greedy_tokens(reader):
     return continue_naively(reader, prompts, GreedySampler())
 
 
+def test_a_split_model_does_not_generate(language_model, prompts, monkeypatch):
+    mixer = language_model.backbone.decoder_blocks[1].mixer
+    monkeypatch.setattr(mixer, "_context_parallel", "parts")
+    with pytest.raises(ValueError, match="must have context_parallel=None"):
+        language_model.generate(prompts, stop_token_ids=None)
+
+
 def logits_of(model, token_ids):
     inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
     return model.predict(inputs, verbose=0)

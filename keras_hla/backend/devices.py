@@ -34,6 +34,12 @@ def devices_of(context_parallel):
     return devices
 
 
+def check_context_parallel(context_parallel):
+    """Refuses what means no devices, as far as that can be told outside of a call."""
+    if keras.config.backend() != "jax" or not isinstance(context_parallel, str):
+        devices_of(context_parallel)
+
+
 class JaxDevices:
     """Those along an axis of the mesh of a `jax.shard_map`."""
 
@@ -78,6 +84,8 @@ class TorchDevices:
     def __init__(self, group, index):
         self._group = group
         self.index = index
+        self._gathered: list | None = None  # by a function that is computed again
+        self._to_read: list = []  # of what it gathered in its first call
 
     @classmethod
     def of(cls, group):
@@ -93,9 +101,28 @@ class TorchDevices:
         return None if index < 0 else cls(group, index)
 
     def gather(self, x, axis):
-        from keras_hla.backend.torch_collectives import AllGather
+        from keras_hla.backend.torch_collectives import AllGather, GatheredBefore
 
-        return AllGather.apply(x, self._group).movedim(0, axis)
+        if self._to_read:
+            known = self._to_read.pop(0)
+            return GatheredBefore.apply(x, self._group, known).movedim(0, axis)
+        gathered = AllGather.apply(x, self._group)
+        if self._gathered is not None:
+            self._gathered.append(gathered.detach())
+        return gathered.movedim(0, axis)
+
+    def exchanging_once(self, function):
+        """The function, of which each call but the first reads what that one has gathered."""
+        gathered: list = []
+
+        def call(*arguments, **options):
+            self._gathered, self._to_read = gathered, list(gathered)
+            try:
+                return function(*arguments, **options)
+            finally:
+                self._gathered, self._to_read = None, []
+
+        return call
 
     def own(self, x, axis):
         return x.select(axis, self.index)

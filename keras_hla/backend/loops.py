@@ -29,8 +29,26 @@ def scan_serially(step, state, inputs, output_dtype=None):
         output, state = step(state, entries)
         return state, output
 
+    if keras.config.backend() == "jax":
+        state = _varying(state, inputs)
     state, outputs = ops.scan(body, state, inputs)
     return outputs, state
+
+
+def _varying(state, inputs):
+    """The states, known to differ along those axes of a `jax.shard_map` that the inputs do."""
+    import jax
+
+    def axes(x):
+        kind = jax.typeof(x)  # in which JAX 0.10 gave them another name
+        return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+    if not hasattr(jax.lax, "pcast"):  # before JAX knew of them
+        return state
+    all_axes = frozenset().union(*map(axes, jax.tree.leaves((state, inputs))))
+    if not all_axes:
+        return state
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(all_axes - axes(x)), to="varying"), state)
 
 
 def _scan_tensorflow(step, state, inputs, output_dtype=None):
@@ -76,11 +94,32 @@ def scan_recomputed(step, state, inputs, variables):
 
         if torch.compiler.is_compiling():  # No checkpoint may call layers there.
             return scan_serially(step, state, inputs)
-        _check_that_torch_recomputes()
+        step = _recomputable_by_torch(step, variables)
     return scan_serially(keras.remat(step), state, inputs)
 
 
-def _check_that_torch_recomputes():
+def recomputed(function, variables, devices):
+    """The function of tensors, which the backward pass computes again.
+
+    Under PyTorch it exchanges nothing then: processes may differ in what they compute again.
+
+    Args:
+        function: takes and returns nests of tensors.
+        variables: list of the `keras.Variable`s that it reads.
+        devices: those with which it exchanges some, as `keras_hla.backend.devices` makes them.
+    """
+    if keras.config.backend() == "torch":
+        import torch
+
+        if torch.compiler.is_compiling():
+            return function
+        function = devices.exchanging_once(_recomputable_by_torch(function, variables))
+    return keras.remat(function)
+
+
+def _recomputable_by_torch(function, variables):
+    """The function, which reads the values that variables have now when it is called again."""
+    from keras.src.backend import in_stateless_scope  # which has no public name
     import torch
 
     try:  # What recomputes needs such hooks, which some transforms forbid.
@@ -88,6 +127,15 @@ def _check_that_torch_recomputes():
             pass
     except RuntimeError as error:
         raise ValueError(_NOT_RECOMPUTED.format("gradient by `torch.func`")) from error
+    if not in_stateless_scope():
+        return function
+    values = [(v, v.value) for v in variables]
+
+    def call(*arguments, **options):  # in the backward pass, too, which the scope does not hold
+        with keras.StatelessScope(state_mapping=values):
+            return function(*arguments, **options)
+
+    return call
 
 
 def _scan_recomputed_tensorflow(step, state, inputs, variables):

@@ -7,6 +7,7 @@ from keras_hub.models import CausalLM
 from keras_hla.checks import check_choice
 from keras_hla.hub.hla_backbone import HLABackbone
 from keras_hla.hub.hla_causal_lm_preprocessor import HLACausalLMPreprocessor
+from keras_hla.layers.state_scope import check_not_split
 from keras_hla.streaming.snapshot import Snapshot
 
 
@@ -83,6 +84,8 @@ class HLACausalLM(CausalLM):
             Dictionary of `"token_ids"` and `"padding_mask"`, false after the end
             of a row.
         """
+        for block in self.backbone.decoder_blocks:
+            check_not_split(block.mixer)
         token_ids = ops.cast(inputs["token_ids"], "int32")
         batch_size, length = ops.shape(token_ids)
         positions = ops.arange(length)

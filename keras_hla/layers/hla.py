@@ -1,9 +1,13 @@
 """The layer: its cell's loop, evaluated in parallel."""
 
+import functools
+
 import keras
 from keras import ops
 
 from keras_hla import kernels, stages
+from keras_hla.backend.devices import check_context_parallel, devices_of
+from keras_hla.backend.loops import recomputed
 from keras_hla.backend.tensors import is_known
 from keras_hla.checks import (
     as_tensor,
@@ -25,6 +29,7 @@ from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.hla_cell import HLACell
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 from keras_hla.layers.rematerialization import scan_rematerialized
+from keras_hla.layers.sequence_part import SequencePart
 from keras_hla.layers.state_scope import current_state_scope
 from keras_hla.masking import fill_forward, segment_starts
 
@@ -64,8 +69,9 @@ class HLA(CompositeLayer):
         remat_length: Longest sequence of which all is kept that the gradients
             need. A longer one is taken in parts of at most this length, each
             computed a second time for its gradients, which saves memory. `None`
-            is no limit. It needs a length known when the call is traced, and
-            `causal=True`. Of a longer one there is no gradient by `torch.func`, and
+            is no limit. Where several devices hold a sequence, the part of one is not
+            cut, but computed again as a whole. It needs a length known when the call
+            is traced, and `causal=True`. Of a longer one there is no gradient by `torch.func`, and
             under TensorFlow neither forward mode nor a gradient of gradients. Within
             `torch.compile` the compiler chooses what is computed a second time: see
             PyTorch's `activation_memory_budget`.
@@ -165,6 +171,7 @@ class HLA(CompositeLayer):
         self.chunk_size = chunk_size
         self.remat_length = remat_length
         self.implementation = implementation
+        self._context_parallel = None
         self.__dict__["states"] = []  # the variables of a stateful layer
         self.supports_masking = True
         if not causal:
@@ -203,6 +210,26 @@ class HLA(CompositeLayer):
         if self._trainable_variables or self._non_trainable_variables:
             super().load_own_variables(store)
 
+    @property
+    def context_parallel(self):
+        """The devices over which the length is split: see `keras_hla.distribution`."""
+        return self._context_parallel
+
+    @context_parallel.setter
+    def context_parallel(self, context_parallel):
+        self.check_context_parallel(context_parallel)
+        self._context_parallel = context_parallel
+
+    def check_context_parallel(self, context_parallel):
+        """Raises a `ValueError` if the layer cannot take parts of a sequence on such devices."""
+        check_context_parallel(context_parallel)
+        for name, needed in (("causal", True), ("go_backwards", False)):
+            if context_parallel is not None and getattr(self, name) != needed:
+                raise ValueError(
+                    "A sequence that is split over devices is read in order: layer "
+                    f"'{self.name}' must have {name}={needed}. Received: {name}={not needed}"
+                )
+
     def get_initial_state(self, batch_size):
         """Returns the list of states before the first token."""
         return self.cell.get_initial_state(batch_size)
@@ -223,20 +250,25 @@ class HLA(CompositeLayer):
             )
         mask, segment_ids = self._check(sequences, initial_state, mask, segment_ids)
         mask = None if mask is None else ops.cast(mask, "bool")
+        devices = devices_of(self.context_parallel)
         if self.go_backwards:
             sequences, mask, segment_ids = (
                 x if x is None else ops.flip(x, axis=1) for x in (sequences, mask, segment_ids)
             )
         if mask is not None:
             sequences = ops.where(mask[..., None], sequences, 0)
-        starts = _starts(segment_ids, mask)
+        starts, part = _starts(segment_ids, mask, devices), None
+        if devices is not None:
+            part = SequencePart(devices, ops.shape(sequences)[1], mask, starts)
         states = self._starting_states(initial_state)
         kept = self.return_state or self.stateful or scope is not None
-        output, states = self._in_parts(states, sequences, mask, starts, kept and self.causal)
+        output, states = self._in_parts(states, sequences, mask, starts, kept and self.causal, part)
         warn_of_redrawn_dropout(self, self.cell, training)
         output, last = self.cell.drop(output, training), None
+        if part is not None:
+            before, last = self._around(part, output, mask)
         if mask is not None:
-            output, last = self._at_masked(output, mask, before)
+            output, last = self._at_masked(output, mask, before, last)
         if scope is not None:
             scope.leave(states, last)
         elif self.stateful:
@@ -247,7 +279,14 @@ class HLA(CompositeLayer):
             output = ops.sum(output[:, -1:], axis=1) if last is None else last
         return (output, *states) if self.return_state else output
 
-    def _at_masked(self, output, mask, before):
+    def _around(self, part, output, mask):
+        """The outputs of the last unmasked tokens before the part and of all, as far as needed."""
+        if self.return_sequences and (mask is None or self.zero_output_for_mask):
+            return None, None
+        around = part.last_tokens(stages.last_window(output, 2, mask=mask))
+        return [x[:, 0] for x in around]
+
+    def _at_masked(self, output, mask, before, last=None):
         """The outputs, with zero or the output before where `mask` is false; and the last of these.
 
         The last is `None` where zeros are all that masked tokens have, and none is asked for.
@@ -256,6 +295,7 @@ class HLA(CompositeLayer):
             output: tensor of shape `(batch, length, features)`.
             mask: boolean tensor of shape `(batch, length)`.
             before: the output before the first, `(batch, features)`. `None` is zero.
+            last: the last one, where it is known.
         """
         zeros = ops.where(mask[..., None], output, 0) if self.zero_output_for_mask else None
         if zeros is not None and self.return_sequences:
@@ -266,20 +306,22 @@ class HLA(CompositeLayer):
         entries = ops.concatenate([ops.cast(before, output.dtype)[:, None], output], axis=1)
         some = ops.concatenate([ops.ones((batch, 1), "bool"), mask], axis=1)
         filled, _ = fill_forward(entries, some)
-        return filled[:, 1:] if zeros is None else zeros, filled[:, -1]
+        return filled[:, 1:] if zeros is None else zeros, filled[:, -1] if last is None else last
 
-    def _in_parts(self, states, sequences, mask, starts, return_state):
+    def _in_parts(self, states, sequences, mask, starts, return_state, part=None):
         """The outputs, before dropout, and the tuple of states, if they are wanted."""
         length, longest = sequences.shape[1], self.remat_length
         inputs = {"sequences": sequences, "mask": mask, "starts": starts}
-        known = is_known(length)
-        if not self.causal or not known or longest is None or length <= longest:
-            return self._one_part(states, **inputs, return_state=return_state)
+        whole = functools.partial(self._one_part, return_state=return_state, part=part)
+        if not self.causal or not is_known(length) or longest is None or length <= longest:
+            return whole(states, **inputs)
+        if part is not None:  # each pass is of all devices, so that there is no cutting it
+            return recomputed(whole, self.cell.weights, part.devices)(states, **inputs)
         if states is None:
             states = self.get_initial_state(ops.shape(sequences)[0])
         return scan_rematerialized(self._one_part, states, inputs, longest, self.cell.weights)
 
-    def _one_part(self, states, sequences, mask=None, starts=None, return_state=True):
+    def _one_part(self, states, sequences, mask=None, starts=None, return_state=True, part=None):
         """`_in_parts` at once: choose, project, evaluate, finish."""
         cell, segmented = self.cell, starts is not None
         implementation, _ = self.implementation_for(sequences, segmented)
@@ -289,7 +331,7 @@ class HLA(CompositeLayer):
             return fused_layers.mix(self, ops.cast(sequences, self.compute_dtype), starts), ()
         memory, context = (None, {}) if states is None else cell.split_states(states)
         (query, key, value, log_decay), context = cell.project(
-            sequences, context, mask, starts, return_state, fused
+            sequences, context, mask, starts, return_state, fused, part
         )
         output, memory = evaluate(
             cell.operator,
@@ -300,6 +342,7 @@ class HLA(CompositeLayer):
             epsilon=cell.epsilon if cell.normalize else None,
             chunk_size=self.chunk_size,
             implementation=implementation,
+            devices=None if part is None else part.devices,
         )
         output = cell.finish(output, sequences, fused)
         return output, (*memory, *context.values()) if return_state else ()
@@ -323,6 +366,7 @@ class HLA(CompositeLayer):
             causal=self.causal,
             normalize=cell.normalize,
             chunk_size=self.chunk_size,
+            context_parallel=self.context_parallel,
         )
 
     def why_not_fused(
@@ -455,7 +499,7 @@ class HLA(CompositeLayer):
         return {**super().get_config(), **cell, **plain(config)}
 
 
-def _starts(segment_ids, mask):
+def _starts(segment_ids, mask, devices=None):
     if segment_ids is None:
         return None
-    return segment_starts(ops.convert_to_tensor(segment_ids), mask)
+    return segment_starts(ops.convert_to_tensor(segment_ids), mask, devices)

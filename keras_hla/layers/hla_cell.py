@@ -154,7 +154,16 @@ class HLACell(HLAWeights, DropoutRNNCell):
         context = zip(self.state_names[memory:], states[memory:], strict=True)
         return list(states[:memory]), dict(context)
 
-    def project(self, sequences, context, mask=None, starts=None, return_context=True, fused=False):
+    def project(
+        self,
+        sequences,
+        context,
+        mask=None,
+        starts=None,
+        return_context=True,
+        fused=False,
+        part=None,
+    ):
         """What the operator takes.
 
         Args:
@@ -166,6 +175,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
                 starts that forgets all before it.
             return_context: Whether the new context is wanted; without it is empty.
             fused: Whether kernels compute the stages.
+            part: The `SequencePart` that `sequences` is, or `None` where it is the whole.
 
         Returns:
             Query, key and value, `(batch, length, heads, dim)`, and the log-decay or `None`;
@@ -177,7 +187,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
         after = {}
         if self.conv_kernel_size is not None:
             projected, after["window"] = self._convolve(
-                projected, context.get("window"), mask, starts, return_context, fused
+                projected, context.get("window"), mask, starts, return_context, fused, part
             )
         query, key, value = projected
         query = _split_heads(query, self.num_heads, self.key_dim)
@@ -195,15 +205,18 @@ class HLACell(HLAWeights, DropoutRNNCell):
             query = query * self.scale
         else:
             (cos, sin), after["position"] = self._angles(
-                sequences, context.get("position"), mask, return_context
+                sequences, context.get("position"), mask, return_context, part
             )
             query = stages.rotate(query, cos, sin, self.scale, fused)
             key = stages.rotate(key, cos, sin, fused=fused)
         log_decay = None if self.decay is None else self.log_decay(sequences)
         return (query, key, value, log_decay), after if return_context else {}
 
-    def _convolve(self, projected, window, mask, starts, return_window, fused):
+    def _convolve(self, projected, window, mask, starts, return_window, fused, part):
         """The convolution of the projected queries, keys and values, and the window after it."""
+        if part is not None:
+            own = self._window_after(projected, (None,) * 3, mask, starts)
+            window, last = part.last_tokens(own, window, segmented=starts is not None)
         splits = list(itertools.accumulate(self.projected_sizes[:-1]))
         # Together where there is more to each call than to its products.
         joint = mask is not None or is_single_token(projected[0])
@@ -220,20 +233,32 @@ class HLACell(HLAWeights, DropoutRNNCell):
         ]
         after = None
         if return_window:
-            after = [
-                stages.last_window(x, self.conv_kernel_size, before, mask, starts)
-                for x, _, before in parts
-            ]
-            after = ops.cast(ops.concatenate(after, axis=-1), self.state_dtype)
+            tokens, _, before = zip(*parts, strict=True)
+            after = self._window_after(tokens, before, mask, starts) if part is None else last
+            after = ops.cast(after, self.state_dtype)
         return (ops.split(projected[0], splits, axis=-1) if joint else projected), after
 
-    def _angles(self, sequences, position, mask, return_position):
+    def _window_after(self, projected, windows, mask, starts):
+        size = self.conv_kernel_size
+        after = [
+            stages.last_window(x, size, before, mask, starts)
+            for x, before in zip(projected, windows, strict=True)
+        ]
+        return ops.concatenate(after, axis=-1)
+
+    def _angles(self, sequences, position, mask, return_position, part):
         """The cosines and sines of the tokens' positions, and the position after them."""
+        if part is not None:
+            if position is None:
+                position = ops.zeros((ops.shape(sequences)[0], 2), self.state_dtype)
+            position, last = part.positions(position)
         before, total = _count(sequences, mask, self.state_dtype)
         block, rest = (None, 0.0) if position is None else split_position(position)
         angles = rotation(block, rest + before, self.turns)
         if not return_position:
             return angles, None
+        if part is not None:
+            return angles, last
         if position is None:
             block = rest = ops.zeros((ops.shape(sequences)[0], 1), self.state_dtype)
         return angles, join_position(block, rest + total)

@@ -14,6 +14,17 @@ def current_state_scope():
     return getattr(_current, "scope", None)
 
 
+def check_not_split(layer):
+    """Raises a `ValueError` if an `HLA` layer takes what it is given for a part of a sequence."""
+    if layer.context_parallel is not None:
+        raise ValueError(
+            "A stream is read by one device, which holds its states: layer "
+            f"'{layer.name}' must have context_parallel=None, as "
+            "`keras_hla.distribution.split_sequence(model, None)` makes it. "
+            f"Received: context_parallel={layer.context_parallel!r}"
+        )
+
+
 class StateScope:
     """Inside, each call of an `HLA` layer starts from one state and leaves another here.
 
@@ -51,6 +62,7 @@ class StateScope:
                     "A stream hands the states from piece to piece, and each sequence is another "
                     f"stream: make the model without `{name}` of layer '{layer.name}'"
                 )
+        check_not_split(layer)
         for name, needed in (("causal", True), ("go_backwards", False)):
             if getattr(layer, name) != needed:
                 raise ValueError(

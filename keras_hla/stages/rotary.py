@@ -49,6 +49,13 @@ def join_position(block, rest):
     return ops.concatenate(_carry(block, rest), axis=1)
 
 
+def moved_on(position, count):
+    """The position after so many more tokens, integers `(batch, 1)`."""
+    block, rest = split_position(position)
+    more, besides = (ops.cast(x, rest.dtype) for x in (count // _BLOCK, count % _BLOCK))
+    return join_position(block + more, rest + besides)
+
+
 def _carry(block, rest):
     full = ops.cast(ops.floor(rest / _BLOCK), rest.dtype)  # or float32 of float64
     return block + full, rest - full * _BLOCK

@@ -4,7 +4,7 @@ import weakref
 
 
 class Snapshot:
-    """The layers of a model, their dtype policies and their variables, as they are now.
+    """The layers of a model, their variables, dtype policies and devices, as they are now.
 
     Weights that a layer has replaced are not kept in memory.
 
@@ -16,7 +16,7 @@ class Snapshot:
 
     def __init__(self, model, forget):
         self._references = [weakref.ref(x, lambda _: forget()) for x in _parts(model)]
-        self._policies = _policies(model)
+        self._settings = _settings(model)
 
     def matches(self, model):
         """Whether the model still has the same parts: values of variables may be others."""
@@ -24,7 +24,7 @@ class Snapshot:
         return (
             len(parts) == len(self._references)
             and all(x is reference() for x, reference in zip(parts, self._references, strict=True))
-            and _policies(model) == self._policies
+            and _settings(model) == self._settings
         )
 
 
@@ -32,5 +32,8 @@ def _parts(model):
     return [*model._flatten_layers(), *model.variables]
 
 
-def _policies(model):
-    return [layer.dtype_policy.name for layer in model._flatten_layers()]
+def _settings(model):
+    return [
+        (layer.dtype_policy.name, getattr(layer, "context_parallel", None))
+        for layer in model._flatten_layers()
+    ]

@@ -1,0 +1,70 @@
+"""The part of a sequence that one device holds, where several hold it together."""
+
+from keras import ops
+
+from keras_hla.backend.tensors import count_up
+from keras_hla.stages import last_window
+from keras_hla.stages.rotary import moved_on
+
+
+class SequencePart:
+    """What a layer reads of the parts before its own, and what it leaves after all of them.
+
+    What it exchanges is of a size that does not depend on the length.
+
+    Args:
+        devices: as `keras_hla.backend.devices.devices_of` returns them.
+        length: number of tokens of the own part.
+        mask: boolean tensor of the own part, `(batch, length)`, or `None`.
+        starts: boolean tensor of the own part, `(batch, length)`, true where a segment starts, or
+            `None`.
+    """
+
+    def __init__(self, devices, length, mask, starts):
+        self.devices = devices
+        tokens = ops.full((1,), length, "int32") if mask is None else _count(mask)
+        begun = ops.zeros_like(tokens) if starts is None else _count(starts)
+        rows = ops.zeros_like(tokens + begun)  # of the batch, or one
+        facts = devices.gather(ops.stack([tokens + rows, begun + rows], axis=-1), axis=1)
+        self._tokens, self._begun = facts[..., 0], facts[..., 1]  # `(rows, devices)`
+        self._is_earlier = count_up(facts.shape[1]) < devices.index
+
+    def positions(self, position):
+        """The positions `(batch, 2)` before the own part and after all, from that before all."""
+        before = ops.sum(ops.where(self._is_earlier, self._tokens, 0), axis=1, keepdims=True)
+        total = ops.sum(self._tokens, axis=1, keepdims=True)
+        after = self.devices.shared(moved_on(position, total))
+        return moved_on(position, before), after
+
+    def last_tokens(self, own, window=None, segmented=False):
+        """The last tokens before the own part, and those at the end of all parts.
+
+        Args:
+            own: tensor of shape `(batch, n, features)`, the last `n` unmasked tokens of the own
+                part, and zeros before them if it has fewer.
+            window: tensor of that shape, the tokens before all parts. `None` is zeros.
+            segmented: whether those of other segments than the last are zero, as in `own`.
+
+        Returns:
+            Two tensors of the shape and dtype of `own`.
+        """
+        batch, slots, features = ops.shape(own)
+        parts = self.devices.gather(own, axis=1)
+        row = ops.reshape(parts, (batch, -1, features))
+        first = ops.maximum(slots - self._tokens, 0)[..., None]
+        slot = count_up(slots)
+
+        def of_row(marked):
+            return ops.reshape(ops.broadcast_to(marked, parts.shape[:-1]), (batch, -1))
+
+        starts = of_row((slot == first) & (self._begun[..., None] > 0)) if segmented else None
+
+        def last(are_read):
+            mask = of_row((slot >= first) & are_read)
+            return last_window(row, slots + 1, window, mask, starts)
+
+        return last(self._is_earlier[:, None]), self.devices.shared(last(True))
+
+
+def _count(mask):
+    return ops.sum(ops.cast(mask, "int32"), axis=1)

@@ -1,0 +1,128 @@
+"""What `keras_hla.distribution.split_sequence` sets and refuses."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_hla
+from keras_hla import distribution, layers
+
+BACKEND = keras.config.backend()
+AXIS = "parts"
+
+
+@pytest.fixture
+def axis(monkeypatch):
+    """What `context_parallel` may be: under PyTorch it takes processes, which are not there."""
+    if BACKEND == "torch":
+        from keras_hla.backend import devices
+
+        monkeypatch.setattr(devices.TorchDevices, "of", classmethod(lambda cls, _: cls(None, 0)))
+    return AXIS
+
+
+needs_engine = pytest.mark.skipif(
+    BACKEND == "tensorflow", reason="it has no engine for it, as is tested here"
+)
+
+
+def make_model(**options):
+    tokens = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(11, 6)(tokens)
+    inner = keras.Sequential([keras.Input((None, 6)), layers.HLADecoderBlock(2, 4)])
+    x = layers.HLA(2, 4, name="last", **options)(inner(x))
+    return keras.Model(tokens, keras.layers.Dense(11)(x))
+
+
+def split_layers(model):
+    return [x.context_parallel for x in model._flatten_layers() if isinstance(x, layers.HLA)]
+
+
+@needs_engine
+def test_all_layers_of_a_model_are_split_and_joined(axis):
+    model = make_model()
+    distribution.split_sequence(model, axis)
+    assert split_layers(model) == [axis, axis]
+    assert split_layers(keras.models.clone_model(model)) == [None, None]
+    distribution.split_sequence(model, None)
+    assert split_layers(model) == [None, None]
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"causal": False}, "layer 'last' must have causal=True. Received: causal=False"),
+        ({"go_backwards": True}, "layer 'last' must have go_backwards=False"),
+    ],
+)
+def test_layers_without_an_order_are_refused_and_nothing_is_changed(axis, options, named):
+    model = make_model(**options)
+    with pytest.raises(ValueError, match=named):
+        distribution.split_sequence(model, axis)
+    assert split_layers(model) == [None, None]
+    with pytest.raises(ValueError, match=named):
+        model.get_layer("last").context_parallel = axis
+
+
+@needs_engine
+def test_both_directions_are_refused(axis):
+    layer = keras.layers.Bidirectional(layers.HLA(2, 4))
+    layer.build((None, None, 6))
+    with pytest.raises(ValueError, match="must have go_backwards=False"):
+        distribution.split_sequence(layer, axis)
+
+
+@pytest.mark.parametrize("model", [keras.layers.Dense(3), "model"])
+def test_what_holds_no_layer_is_refused(model):
+    with pytest.raises(ValueError, match="Argument `model` must be a layer or model that holds"):
+        distribution.split_sequence(model, AXIS)
+
+
+def test_a_cell_in_an_rnn_is_refused():
+    model = keras.Sequential([keras.layers.RNN(layers.HLACell(2, 4)), layers.HLA(2, 4)])
+    with pytest.raises(ValueError, match="not by their cells alone"):
+        distribution.split_sequence(model, AXIS)
+
+
+def test_what_means_no_devices_is_refused():
+    wrong = "needs the JAX or the PyTorch" if BACKEND == "tensorflow" else "must be"
+    for devices in (4, object()) if BACKEND == "jax" else (AXIS, 4):
+        with pytest.raises(ValueError, match=f"`context_parallel` {wrong}"):
+            distribution.split_sequence(make_model(), devices)
+
+
+@needs_engine
+def test_a_split_model_neither_streams_nor_generates(axis):
+    model = make_model()
+    distribution.split_sequence(model, axis)
+    split = r"must have context_parallel=None, as `.*split_sequence\(model, None\)` makes it"
+    with pytest.raises(ValueError, match=split):
+        keras_hla.streaming_model(model)
+    with pytest.raises(ValueError, match=split):
+        keras_hla.generate(model, [1, 2, 3], 4)
+    distribution.split_sequence(model, None)
+    assert keras_hla.generate(model, [1, 2, 3], 4).shape == (4,)
+    distribution.split_sequence(model, axis)
+    with pytest.raises(ValueError, match=split):
+        keras_hla.generate(model, [1, 2, 3], 4)
+
+
+@needs_engine
+def test_the_reason_for_the_portable_path_is_told(axis):
+    layer = layers.HLA(2, 64)
+    distribution.split_sequence(layer, axis)
+    choice = layer.implementation_for()
+    assert choice.implementation == "portable"
+    layer = layers.HLA(2, 64, implementation="triton")
+    distribution.split_sequence(layer, axis)
+    with pytest.raises(ValueError, match="no states between devices"):
+        layer.implementation_for()
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="Others know at once whether there are devices.")
+def test_an_axis_is_needed_when_a_model_is_called(axis):
+    model = make_model()
+    distribution.split_sequence(model, axis)
+    with pytest.raises(ValueError, match="must be the name of an axis of the mesh"):
+        model(np.ones((1, 4), "int32"))
