@@ -29,6 +29,7 @@ ON_OWN_ROWS = {
     "shared keys: 2 x 2 all-reduce",
     "one key: 2 x 2 all-reduce",
     "heads that do not divide: 2 x 3",
+    "model: 1 x 2 all-reduce",
 }
 
 

@@ -135,7 +135,7 @@ class HLADecoderBlock(CompositeLayer):
     def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
         check_features("sequences", sequences_shape, "(batch, length, features)")
         features = sequences_shape[-1]
-        size = self.intermediate_dim or -(-8 * features // (3 * _MLP_MULTIPLE)) * _MLP_MULTIPLE
+        size = self.mlp_size(features)
         cell = self.mixer.cell
         self.mixer_norm = self._norm("mixer_norm")
         self.mlp_norm = self._norm("mlp_norm")
@@ -148,6 +148,10 @@ class HLADecoderBlock(CompositeLayer):
         self.gate_dense.build(sequences_shape)
         self.up_dense.build(sequences_shape)
         self.down_dense.build((*sequences_shape[:-1], size))
+
+    def mlp_size(self, features):
+        """The number of features between the projections of the MLP."""
+        return self.intermediate_dim or -(-8 * features // (3 * _MLP_MULTIPLE)) * _MLP_MULTIPLE
 
     @property
     def cell(self):
