@@ -11,7 +11,13 @@ BACKEND = keras.config.backend()
 CHECKED = {
     "jax": ["data parallel", "model parallel", "saved and streamed"],
     "tensorflow": ["mirrored", "saved and streamed", "exported"],
-    "torch": [],
+    "torch": [
+        "DistributedDataParallel",
+        "fully_shard",
+        "sums in fit",
+        "fused",
+        "saved and streamed",
+    ],
 }
 
 

@@ -32,13 +32,12 @@ def make():
     for block in backbone.decoder_blocks:
         x, *_ = block(x)
     model = keras.Model(tokens, backbone.token_embedding(backbone.norm(x), reverse=True))
-    compile_(model)
+    model.compile(keras.optimizers.SGD(RATE), loss())
     return model
 
 
-def compile_(model):
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype="float64")
-    model.compile(keras.optimizers.SGD(RATE), loss)
+def loss():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype="float64")
 
 
 def data():
@@ -62,7 +61,8 @@ def check_step(name, before, model, expected):
     for x, y, z in zip(weights_of(model), expected, before, strict=True):
         change = np.abs(y - z).max()
         assert change > 1e-6, name
-        assert np.abs(x - y).max() < 1e-12 * change, (name, y.shape)
+        # Keras computes logits in float32 under PyTorch, whatever it is asked for.
+        assert np.abs(x - y).max() < 1e-6 * change, (name, y.shape)
     print(name)
 
 
@@ -143,11 +143,11 @@ def run_tensorflow(folder):
     check_export(folder, model)
 
 
-def one_device():
+def one_device(step=fit):
     """The weights before a step, and after it on one device."""
     model = make()
     before = weights_of(model)
-    fit(model)
+    step(model)
     return before, weights_of(model)
 
 

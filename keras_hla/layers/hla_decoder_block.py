@@ -20,6 +20,7 @@ from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.hla import HLA
 from keras_hla.layers.hla_cell import HLACell
+from keras_hla.layers.own_parameters import check_own_parameters
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 from keras_hla.layers.rms_normalization import RMSNormalization
 
@@ -172,6 +173,7 @@ class HLADecoderBlock(CompositeLayer):
         self.mixer.reset_state()
 
     def call(self, sequences, initial_state=None, mask=None, segment_ids=None, training=None):
+        check_own_parameters(self)
         check_rank(3, "(batch, length, features)", sequences=sequences)
         if mask is None:  # Keras fills it in only where `sequences` is the one tensor.
             mask = getattr(sequences, "_keras_mask", None)
