@@ -75,6 +75,7 @@ ONLY = {
         ("tensorflow", "jax"),
         "TensorFlow writes PyTorch's SavedModels, and has their tests",
     ),
+    "test_torch_module.py": (("torch",), "other backends replace no parameters"),
     "test_torch_compile.py": (("torch",), "only PyTorch has `torch.compile`"),
 }
 

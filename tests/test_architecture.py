@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "layers": "backend checks evaluate inputs kernels kernels.fusion masking operators precision "
     "scan stages",
     "distribution": "layers",
+    "torch_module": "",
     "ops": "backend checks evaluate forms grouping inputs kernels operators",
     "streaming": "backend checks layers",
     "export": "backend checks streaming",
@@ -57,7 +58,7 @@ MAY_IMPORT = {
 OTHERS = {
     "tensorflow": "backend export",  # whose files are made by TensorFlow
     "jax": "backend kernels.device kernels.launching",
-    "torch": "backend kernels.device kernels.fusion kernels.launching",
+    "torch": "backend kernels.device kernels.fusion kernels.launching torch_module",
     "triton": "kernels.operator kernels.stages",
     "jax_triton": "kernels.launching",
     "keras_hub": "hub",

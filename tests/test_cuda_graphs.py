@@ -220,6 +220,18 @@ def test_weights_that_change_before_the_gradients(rng, replayed):
         gradients(layer, x, output)
 
 
+def test_weights_that_move_before_the_gradients(rng, replayed):
+    layer = make()
+    warm_up(rng, layer)
+    x = draw(rng)
+    output = layer(x)
+    assert len(replayed) == 2
+    weight = layer.trainable_weights[0].value
+    weight.data = weight.data.clone()
+    with pytest.raises(RuntimeError, match="moved"):
+        gradients(layer, x, output)
+
+
 def test_only_calls_alike_are_recorded(rng, replayed):
     layer = make()
     for length in (5, 5, 7, 5):

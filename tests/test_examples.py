@@ -38,6 +38,13 @@ def test_char_lm(tmp_path):
         assert (tmp_path / "out" / name).is_file()
 
 
+def test_train_distributed():
+    options = "--steps 2 --batch 4 --length 16 --blocks 1 --heads 1"
+    output = run_python("examples/train_distributed.py", "--backend", BACKEND, *options.split())
+    for shown in ("1 device: ", "2 devices: ", "losses agree"):
+        assert shown in output
+
+
 def test_char_lm_refuses_a_text_too_short(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("short")

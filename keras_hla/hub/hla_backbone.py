@@ -4,6 +4,7 @@ import keras
 from keras_hub.models import Backbone
 
 from keras_hla.checks import check_positive_int
+from keras_hla.hub.layout import check_layouts, layout_map
 from keras_hla.layers import HLA, HLACell, HLADecoderBlock
 from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.quantized import layer_options, policy_with_quantized
@@ -131,6 +132,7 @@ class HLABackbone(Backbone):
             )
             for i in range(num_layers)
         ]
+        check_layouts(vocabulary_size, hidden_dim, self.decoder_blocks[0])
         self.norm = RMSNormalization(epsilon=norm_epsilon, dtype=dtype, name="norm")
         # Both treat each token alone. If they do not say so, Keras warns that a mask ends there.
         self.token_embedding.supports_masking = self.norm.supports_masking = True
@@ -152,6 +154,39 @@ class HLABackbone(Backbone):
         self.hidden_dim = hidden_dim
         self.tie_word_embeddings = tie_word_embeddings
         self._period = len(in_turn)
+
+    @staticmethod
+    def get_layout_map(
+        device_mesh, model_parallel_dim_name="model", data_parallel_dim_name="batch"
+    ):
+        """Returns where the weights are on a mesh of devices, for JAX.
+
+        Heads, the features within MLPs and the token ids are split over one axis of the mesh, the
+        features of blocks over the other. A backbone that is made in the scope of the distribution
+        must have sizes that are multiples of the devices along these axes: of `num_heads`,
+        `num_key_value_heads`, `intermediate_dim` and `vocabulary_size` the first, of `hidden_dim`
+        the second. Weights that the map does not name are on all devices.
+
+        Args:
+            device_mesh: A `keras.distribution.DeviceMesh`.
+            model_parallel_dim_name: Name of the first axis.
+            data_parallel_dim_name: Name of the second axis.
+
+        Returns:
+            A `keras.distribution.LayoutMap`, for `keras.distribution.ModelParallel`.
+
+        Raises:
+            ValueError: if `device_mesh` is no mesh, or has no such axis.
+
+        Example:
+
+        >>> devices = keras.distribution.list_devices()
+        >>> mesh = keras.distribution.DeviceMesh((1, len(devices)), ("batch", "model"), devices)
+        >>> layout_map = keras_hla.hub.HLABackbone.get_layout_map(mesh)
+        >>> layout_map["decoder_block_0/mixer/cell/query/kernel"].axes
+        ('batch', 'model')
+        """
+        return layout_map(device_mesh, model_parallel_dim_name, data_parallel_dim_name)
 
     def get_initial_state(self, batch_size):
         """Returns the states before the first token: for each block its list."""

@@ -27,6 +27,7 @@ from keras_hla.layers import fused as fused_layers
 from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.hla_cell import HLACell
+from keras_hla.layers.own_parameters import check_own_parameters
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 from keras_hla.layers.rematerialization import scan_rematerialized
 from keras_hla.layers.sequence_part import SequencePart
@@ -241,6 +242,7 @@ class HLA(CompositeLayer):
                 state.assign(ops.zeros(state.shape, state.dtype))
 
     def call(self, sequences, initial_state=None, mask=None, segment_ids=None, training=None):
+        check_own_parameters(self)
         if mask is None:  # Keras fills it in only where `sequences` is the one tensor.
             mask = getattr(sequences, "_keras_mask", None)
         scope, before = current_state_scope(), None

@@ -20,6 +20,7 @@ from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.hla import HLA
 from keras_hla.layers.hla_cell import HLACell
+from keras_hla.layers.own_parameters import check_own_parameters
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 from keras_hla.layers.rms_normalization import RMSNormalization
 
@@ -135,7 +136,7 @@ class HLADecoderBlock(CompositeLayer):
     def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
         check_features("sequences", sequences_shape, "(batch, length, features)")
         features = sequences_shape[-1]
-        size = self.intermediate_dim or -(-8 * features // (3 * _MLP_MULTIPLE)) * _MLP_MULTIPLE
+        size = self.mlp_size(features)
         cell = self.mixer.cell
         self.mixer_norm = self._norm("mixer_norm")
         self.mlp_norm = self._norm("mlp_norm")
@@ -148,6 +149,10 @@ class HLADecoderBlock(CompositeLayer):
         self.gate_dense.build(sequences_shape)
         self.up_dense.build(sequences_shape)
         self.down_dense.build((*sequences_shape[:-1], size))
+
+    def mlp_size(self, features):
+        """The number of features between the projections of the MLP."""
+        return self.intermediate_dim or -(-8 * features // (3 * _MLP_MULTIPLE)) * _MLP_MULTIPLE
 
     @property
     def cell(self):
@@ -168,6 +173,7 @@ class HLADecoderBlock(CompositeLayer):
         self.mixer.reset_state()
 
     def call(self, sequences, initial_state=None, mask=None, segment_ids=None, training=None):
+        check_own_parameters(self)
         check_rank(3, "(batch, length, features)", sequences=sequences)
         if mask is None:  # Keras fills it in only where `sequences` is the one tensor.
             mask = getattr(sequences, "_keras_mask", None)

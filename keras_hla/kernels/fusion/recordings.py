@@ -143,9 +143,16 @@ class _Call:
     def __init__(self, weights):
         self._weights = weights
         self._versions = [x._version for x in weights]
+        self._places = [x.data_ptr() for x in weights]
         self.is_over = False
 
     def end(self):
+        if any(x.data_ptr() != n for x, n in zip(self._weights, self._places, strict=True)):
+            raise RuntimeError(
+                "Weights of a layer were moved between its call and the computation of its "
+                "gradients, as `fully_shard` does. Call "
+                "`keras_hla.kernels.disable_cuda_graphs()` before the layer is called."
+            )
         if any(x._version != n for x, n in zip(self._weights, self._versions, strict=True)):
             raise RuntimeError(
                 "Weights of a layer were changed in place between its call and the computation of "

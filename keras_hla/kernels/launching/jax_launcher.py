@@ -7,6 +7,8 @@ import jax
 import jax_triton
 import keras
 
+from keras_hla.kernels.launching.jax_partitioning import on_own_rows
+
 # Which name jax-triton has for the shapes of outputs: the first from 0.4 on.
 _PARAMETERS = inspect.signature(jax_triton.triton_call).parameters
 _OUTPUTS = "out_type" if "out_type" in _PARAMETERS else "out_shape"
@@ -19,23 +21,33 @@ def register(function):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def call(function, options, tensors):
     """Evaluates a `KernelFunction`, differentiably."""
-    results, _ = function.evaluate(run, options, tensors, False)
+    results, _ = _evaluate(function, options, False, tensors)
     return results
 
 
 def _forward(function, options, tensors):
-    results, saved = function.evaluate(run, options, tensors, True)
+    results, saved = _evaluate(function, options, True, tensors)
     return results, (tensors, saved)
 
 
 def _backward(function, options, residuals, results):
-    tensors, saved = residuals
+    tensors, _ = residuals
     wanted = tuple(name for name, x in tensors.items() if keras.backend.is_float_dtype(x.dtype))
-    found = function.gradients(run, options, tensors, saved, results, wanted)
+    found = _gradients(function, options, wanted, (*residuals, results))
     return ({name: found.get(name) for name in tensors},)
 
 
 call.defvjp(_forward, _backward)
+
+
+@on_own_rows
+def _evaluate(function, options, save, tensors):
+    return function.evaluate(run, options, tensors, save)
+
+
+@on_own_rows
+def _gradients(function, options, wanted, tensors):
+    return function.gradients(run, options, *tensors, wanted)
 
 
 def run(launch, inputs):

@@ -26,6 +26,9 @@ class KernelFunction:
             those of what `evaluate` returns.
         reads: The names of the tensors that `gradients` reads; `None` is all.
         count: `count(options)` returns the number of the results.
+        rows: `rows(shape)` returns the places of the axes of batch and heads in the shape of a
+            tensor, result, gradient or what is saved, for rows of which any may be computed
+            apart, as on several devices. `None` if they may not.
     """
 
     name: str
@@ -34,6 +37,7 @@ class KernelFunction:
     shapes: Callable
     reads: tuple | None = None
     count: Callable = lambda options: 1
+    rows: Callable | None = None
 
     def __post_init__(self):
         _launcher().register(self)

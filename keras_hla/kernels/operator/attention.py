@@ -21,7 +21,7 @@ def attention(operator, inputs, state, return_state=True):
     query, key, value, log_decay = inputs
     if log_decay is not None and 1 < log_decay.shape[2] < query.shape[2]:
         log_decay = ops.repeat(log_decay, query.shape[2] // log_decay.shape[2], axis=2)
-    batch, _, heads, dim = query.shape
+    heads, dim = query.shape[2:]
     states = {f"state {i}": _to_kernel(x, heads) for i, x in enumerate(state or ())}
     passes = tuple(tuple(x) for x in passes_of(operator))
     output, *last = ATTENTION(
@@ -35,18 +35,16 @@ def attention(operator, inputs, state, return_state=True):
     if not return_state:
         return output, None
     shapes = operator.state_shapes(inputs.moments, heads, dim, value.shape[-1])
-    last = [_from_kernel(x, batch, heads, shape[0]) for x, shape in zip(last, shapes, strict=True)]
+    last = [_from_kernel(x, heads, shape[0]) for x, shape in zip(last, shapes, strict=True)]
     return output, last
 
 
 def _to_kernel(x, heads):
     """From `(batch, heads, rows, columns)` to a transposed one for each query head."""
     x = ops.repeat(x, heads // x.shape[1], axis=1) if x.shape[1] < heads else x
-    x = ops.swapaxes(x, -1, -2)
-    return ops.reshape(x, (-1, 1, *x.shape[2:]))
+    return ops.swapaxes(x, -1, -2)[:, :, None]
 
 
-def _from_kernel(x, batch, heads, count):
+def _from_kernel(x, heads, count):
     """Undoes `_to_kernel`, for `count` heads."""
-    x = ops.reshape(x, (batch, heads, *x.shape[2:]))[:, :: heads // count]
-    return ops.swapaxes(x, -1, -2)
+    return ops.swapaxes(x[:, :: heads // count, 0], -1, -2)

@@ -96,7 +96,12 @@ def count(options):
     return 1 + len(passes) * return_state
 
 
-ATTENTION = KernelFunction("attention", evaluate, gradients, shapes, count=count)
+def rows(shape):
+    """The axes of batch and heads: of states, and of sequences."""
+    return (0, 1) if len(shape) == 5 else (0, 2)
+
+
+ATTENTION = KernelFunction("attention", evaluate, gradients, shapes, count=count, rows=rows)
 
 
 def _plan(make, options, tensors):

@@ -87,7 +87,8 @@ class Plan:
 
     def state(self, pass_, count, dtype="float32"):
         """The shape and dtype of the state of a pass, transposed, `count` for each row."""
-        return (self.rows, count, self._dims[pass_.value], self._dims[pass_.key]), dtype
+        rows = self.batch, self.heads
+        return (*rows, count, self._dims[pass_.value], self._dims[pass_.key]), dtype
 
     def constants(self, pass_):
         """What the kernels know of a pass when they are compiled."""

@@ -1,0 +1,112 @@
+"""Stands for jax-triton on CPUs: each kernel of the operators is what it is to compute, in JAX.
+
+To be imported before the package is, in a process of its own.
+"""
+
+import importlib.machinery
+import sys
+from types import ModuleType, SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+
+launched: list[tuple] = []  # the name of a kernel, and the shape of its first input
+
+
+def triton_call(*arguments, kernel, grid, out_shape, **constants):
+    """The outputs of a kernel."""
+    name = kernel.fn.__name__
+    launched.append((name, arguments[0].shape))
+    given = dict(zip(kernel.arg_names, arguments, strict=False))
+    results = KERNELS[name](SimpleNamespace(**given, **constants, shapes=out_shape))
+    return [
+        jnp.zeros(like.shape, like.dtype) if x is None else x.reshape(like.shape).astype(like.dtype)
+        for x, like in zip(results, out_shape, strict=True)
+    ]
+
+
+def attend(query, key, value, log_decay, state, power):
+    """The output of a pass and the state after it, `(batch, heads, value_dim, dim)`."""
+    total = power * jnp.cumsum(log_decay, axis=-1)
+    between = total[..., :, None] - total[..., None, :]
+    causal = jnp.tril(jnp.ones(between.shape[-2:], bool))
+    weights = jnp.where(causal, jnp.exp(jnp.where(causal, between, 0)), 0)
+    scores = jnp.einsum("bthd,bshd->bhts", query, key) * weights
+    output = jnp.einsum("bhts,bshe->bthe", scores, value)
+    output += jnp.einsum("bthd,bhed,bht->bthe", query, state, jnp.exp(total))
+    to_end = jnp.exp(total[..., -1:] - total)
+    last = jnp.einsum("bshd,bshe,bhs->bhed", key, value, to_end)
+    return output, last + jnp.exp(total[..., -1])[..., None, None] * state
+
+
+def operands(x, state):
+    """The arguments of `attend`, with a key for each query head."""
+    batch, length, heads, _ = x.query.shape
+    key = jnp.repeat(x.key, x.KEY_GROUP, axis=2)
+    value = jnp.repeat(x.value, x.VALUE_GROUP, axis=2)
+    log_decay = jnp.zeros((batch, heads, length))
+    if x.DECAYS:
+        log_decay = x.decays[:, :, 0].reshape(batch, heads, -1)[..., :length]
+    if state is None:
+        state = jnp.zeros((batch, heads, x.VALUE_DIM, x.DIM))
+    return x.query, key, value, log_decay, state
+
+
+def forward_kernel(x):
+    """Of the states before chunks it tells that before the first alone."""
+    arguments = operands(x, x.entering[:, :, 0] if x.ENTERING else None)
+    output, last = attend(*arguments, x.POWER)
+    chunk_states = None
+    if x.SAVE:
+        chunk_states = jnp.zeros(x.shapes[2].shape).at[:, :, 0].set(arguments[-1])
+    return output, last if x.LEAVING else None, chunk_states
+
+
+def backward_kernel(x):
+    """Where keys are the values, the gradient of keys is that of both."""
+    arguments = operands(x, x.chunk_states[:, :, 0])
+    (_, last), pull = jax.vjp(lambda *tensors: attend(*tensors, x.POWER), *arguments)
+    of_last = x.entering.reshape(last.shape) if x.ENTERING else jnp.zeros_like(last)
+    dquery, dkey, dvalue, dlog_decay, dstate = pull((x.gradient, of_last))
+    if x.SAME:
+        dkey, dvalue = dkey + dvalue, None
+    dquery = dquery + x.dquery_before if x.ADD_QUERY else dquery
+    dkey = dkey + x.dkey_before if x.ADD_KEY else dkey
+    flows = in_chunks(dlog_decay, x.shapes[3].shape) if x.DECAYS else None
+    return dquery, dkey, dvalue, flows, None, dstate if x.LEAVING else None
+
+
+def decay_kernel(x):
+    """In the place of their sums the log-decays."""
+    rows, chunks, _, chunk = x.shapes[0].shape
+    log_decay = jnp.broadcast_to(x.log_decay, (rows // x.heads, x.length, x.heads))
+    log_decay = in_chunks(log_decay.swapaxes(1, 2), (rows, chunks, chunk))
+    return [jnp.zeros(x.shapes[0].shape).at[:, :, 0].set(log_decay)]
+
+
+def decay_gradient_kernel(x):
+    """From gradients in the place of flows."""
+    batch, length, heads = x.shapes[0].shape
+    return [x.flows.reshape(batch, heads, -1)[..., :length].swapaxes(1, 2)]
+
+
+def in_chunks(x, shape):
+    """From `(batch, heads, length)` to `(batch * heads, chunks, chunk)`."""
+    x = x.reshape(shape[0], -1)
+    return jnp.pad(x, ((0, 0), (0, shape[1] * shape[2] - x.shape[1]))).reshape(shape)
+
+
+def span_kernel(x):
+    """Nothing, as spans are not computed apart."""
+    return [None] * len(x.shapes)
+
+
+KERNELS = {
+    x.__name__: x
+    for x in (forward_kernel, backward_kernel, decay_kernel, decay_gradient_kernel, span_kernel)
+}
+
+stand_in = ModuleType("jax_triton")
+stand_in.triton_call = triton_call  # type: ignore[attr-defined]
+stand_in.__spec__ = importlib.machinery.ModuleSpec("jax_triton", None)
+sys.modules["jax_triton"] = stand_in
