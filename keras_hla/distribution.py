@@ -22,8 +22,8 @@ def split_sequence(model, context_parallel):
       `return_sequences=False`.
     - All other layers of the model must act on each token alone. The `Input` of a functional model
       must have an unknown length, as in `keras.Input((None,))`.
-    - The portable path evaluates the layers. A part that is longer than `remat_length` is computed
-      again for its gradients as one piece, without a second exchange under PyTorch.
+    - A part that is longer than `remat_length` is computed again for its gradients as one piece,
+      without a second exchange under PyTorch.
     - Dropout draws by the seeds of each device, which may be equal.
 
     The setting stays until the next call, and is neither saved nor copied. A model that streams or

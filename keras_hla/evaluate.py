@@ -46,7 +46,7 @@ def evaluate(
     if implementation == "triton":
         from keras_hla.kernels.operator.attention import attention  # which imports Triton
 
-        output, state = attention(operator, inputs, state, return_state)
+        output, state = attention(operator, inputs, state, return_state, devices)
     else:
         state = state and tuple(group(x, inputs.key.shape[2]) for x in state)
         output, state = _evaluate_form(

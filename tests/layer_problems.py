@@ -109,6 +109,13 @@ LAYERS = {
         segments="anywhere",
         dtype="float32",
     ),
+    "a layer by kernels": LayerCase(
+        "HLA",
+        {"implementation": "triton", "conv_kernel_size": 3, "decay": "input"},
+        mask=True,
+        segments="anywhere",
+        dtype="float32",
+    ),
     "a block": LayerCase(
         "HLADecoderBlock",
         {"num_heads": 3, "key_dim": 4, "decay": "input"},

@@ -37,7 +37,7 @@ import jax  # noqa: E402
 import jax_triton  # noqa: E402
 import keras  # noqa: E402
 
-from keras_hla import layers, stages  # noqa: E402
+from keras_hla import distribution, layers, stages  # noqa: E402
 from keras_hla.kernels import device  # noqa: E402
 from keras_hla.kernels.operator import plan  # noqa: E402
 
@@ -89,7 +89,26 @@ def loss(weights, x, segments):
 
 x = jax.ShapeDtypeStruct((1, 100, 16), "bfloat16")
 segments = jax.ShapeDtypeStruct((1, 100), "int32")
-traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(weights, x, segments)
-lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
-assert "triton_kernel_call" in lowered
+
+
+def lower(loss):
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(weights, x, segments)
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton_kernel_call" in lowered
+
+
+lower(loss)
 print(*sorted(set(launches)))
+
+# On each of as many devices as there are: JAX asks of results along which axes they differ.
+mesh = jax.sharding.Mesh(jax.devices(), ("parts",))
+part = jax.P(None, "parts")
+distribution.split_sequence(block, "parts")
+lower(
+    jax.shard_map(
+        lambda *x: jax.lax.psum(loss(*x), "parts"),
+        mesh=mesh,
+        in_specs=(jax.P(), part, part),
+        out_specs=jax.P(),
+    )
+)

@@ -44,12 +44,17 @@ def operands(x, state):
     batch, length, heads, _ = x.query.shape
     key = jnp.repeat(x.key, x.KEY_GROUP, axis=2)
     value = jnp.repeat(x.value, x.VALUE_GROUP, axis=2)
-    log_decay = jnp.zeros((batch, heads, length))
-    if x.DECAYS:
-        log_decay = x.decays[:, :, 0].reshape(batch, heads, -1)[..., :length]
+    log_decay = decays_of(x, batch, length)
     if state is None:
-        state = jnp.zeros((batch, heads, x.VALUE_DIM, x.DIM))
+        state = jnp.zeros((batch, heads, x.VALUE_DIM, x.DIM), "float32")
     return x.query, key, value, log_decay, state
+
+
+def decays_of(x, batch, length):
+    """The log-decays, `(batch, heads, length)`."""
+    if not x.DECAYS:
+        return jnp.zeros((batch, x.heads, length), "float32")
+    return x.decays[:, :, 0].reshape(batch, x.heads, -1)[..., :length]
 
 
 def forward_kernel(x):
@@ -58,7 +63,7 @@ def forward_kernel(x):
     output, last = attend(*arguments, x.POWER)
     chunk_states = None
     if x.SAVE:
-        chunk_states = jnp.zeros(x.shapes[2].shape).at[:, :, 0].set(arguments[-1])
+        chunk_states = jnp.zeros(x.shapes[2].shape, "float32").at[:, :, 0].set(arguments[-1])
     return output, last if x.LEAVING else None, chunk_states
 
 
@@ -81,7 +86,7 @@ def decay_kernel(x):
     rows, chunks, _, chunk = x.shapes[0].shape
     log_decay = jnp.broadcast_to(x.log_decay, (rows // x.heads, x.length, x.heads))
     log_decay = in_chunks(log_decay.swapaxes(1, 2), (rows, chunks, chunk))
-    return [jnp.zeros(x.shapes[0].shape).at[:, :, 0].set(log_decay)]
+    return [jnp.zeros(x.shapes[0].shape, "float32").at[:, :, 0].set(log_decay)]
 
 
 def decay_gradient_kernel(x):
@@ -97,8 +102,17 @@ def in_chunks(x, shape):
 
 
 def span_kernel(x):
-    """Nothing, as spans are not computed apart."""
-    return [None] * len(x.shapes)
+    """Of the one span of a short part; without parts nothing, as spans are not computed apart."""
+    if not x.ALL:
+        return [None] * len(x.shapes)
+    key, value = x.key, x.key if x.SAME else x.value
+    log_decay = decays_of(x, key.shape[0], key.shape[1])
+    total = x.POWER * jnp.cumsum(log_decay, axis=-1)
+    weights = jnp.exp(total if x.REVERSE else total[..., -1:] - total)
+    key = jnp.repeat(key, x.heads // key.shape[2], axis=2)
+    value = jnp.repeat(value, x.heads // value.shape[2], axis=2)
+    whole = jnp.exp(total[..., -1]) if x.DECAYS else None
+    return jnp.einsum("bshd,bshe,bhs->bhed", key, value, weights), whole
 
 
 KERNELS = {

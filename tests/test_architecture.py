@@ -23,10 +23,10 @@ MAY_IMPORT = {
     "operators": "checks scan",
     # Kernels: how any are launched, those of the operators, those of the stages, and all of a layer
     # as one function.
-    "kernels.launching": "",
+    "kernels.launching": "backend",
     "kernels.device": "",
     "kernels.passes": "backend",
-    "kernels.operator": "kernels.launching kernels.device kernels.passes",
+    "kernels.operator": "backend kernels.launching kernels.device kernels.passes",
     "kernels.stages": "kernels.launching kernels.device",
     "kernels.cuda_graphs": "",
     "kernels.fusion": "kernels.cuda_graphs kernels.launching kernels.operator kernels.passes "
@@ -40,7 +40,8 @@ MAY_IMPORT = {
     # Which implementation is taken, and the proof of kernels on a GPU that is not known.
     "kernels.small_cases": "evaluate inputs kernels.stages precision stages",
     "kernels.proof": "backend kernels.device kernels.small_cases operators stages",
-    "kernels": "checks operators kernels.cuda_graphs kernels.device kernels.passes kernels.proof",
+    "kernels": "backend checks operators kernels.cuda_graphs kernels.device kernels.passes "
+    "kernels.proof",
     # What users call.
     "layers": "backend checks evaluate inputs kernels kernels.fusion masking operators precision "
     "scan stages",

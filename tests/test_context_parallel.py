@@ -25,6 +25,7 @@ import pytest
 from scripts import ROOT, run_python
 
 from keras_hla import kernels, operators
+from keras_hla.kernels import device
 from keras_hla.ops import higher_order_attention
 
 BACKEND = keras.config.backend()
@@ -44,6 +45,12 @@ class Case:
     length: int = LENGTH
     dtype: str = "float64"
     chunk_size: int | None = 4
+    implementation: str = "auto"
+
+
+def by_kernels(variant, **options):
+    """A case in the dtype and of the options that they take."""
+    return Case(variant, dtype="float32", chunk_size=None, implementation="triton", **options)
 
 
 CASES = {
@@ -60,10 +67,14 @@ CASES = {
     "segments and a state": Case("ahla", segments="anywhere", decay="none"),
     "masked parts": Case("hla3", segments="at borders", mask=True),
     "in float32": Case("hla2", segments="anywhere", dtype="float32", chunk_size=None),
+    "kernels": by_kernels("hla2", segments="anywhere", mask=True),
+    "kernels of ahla": by_kernels("ahla", split=2, decay="none"),
+    "kernels of hla3": by_kernels("hla3", decay="constant", state=False),
 }
 if BACKEND == "torch":  # JAX cuts arrays into equal parts
     CASES["uneven"] = Case("hla2", split="uneven")
     CASES["uneven, packed"] = Case("hla3", split="uneven", mask=True, segments="anywhere")
+    CASES["uneven, by kernels"] = by_kernels("hla3", split="uneven")
     CASES["uneven, published"] = Case("hla3_published", split="uneven", decay="constant")
 SIZES = {n: Case("hla2", state=False, length=n, chunk_size=None) for n in (64, 1024)}
 
@@ -116,7 +127,8 @@ class Problem:
             "weights": self.weights,
             "parts": self.parts,
             "shape": self.inputs[0].shape[:2],
-            "options": options | {"chunk_size": self.case.chunk_size},
+            "options": options
+            | {"chunk_size": self.case.chunk_size, "implementation": self.case.implementation},
         }
 
     def reference(self):
@@ -226,8 +238,11 @@ def test_other_forms_are_refused(options):
         higher_order_attention(q, q, q, context_parallel="parts", **options)
 
 
-def test_kernels_are_refused():
-    choice = kernels.choose(context_parallel="parts")
-    assert choice.implementation == "portable"
-    with pytest.raises(ValueError, match="no states between devices"):
-        kernels.choose(implementation="triton", context_parallel="parts")
+def test_devices_choose_alike_whatever_the_lengths_of_their_parts(monkeypatch):
+    monkeypatch.setattr(device, "why_not", lambda tensor: None)
+    monkeypatch.setattr(device, "is_measured", lambda tensor: True)
+    monkeypatch.setattr(device, "interpreted", lambda: False)
+    for length in (0, 1, 100):
+        part = keras.ops.ones((1, length, 2, 64))
+        assert kernels.choose(tensor=part).implementation == "portable"
+        assert kernels.choose(tensor=part, context_parallel="parts").implementation == "triton"

@@ -40,11 +40,17 @@ def check_context_parallel(context_parallel):
         devices_of(context_parallel)
 
 
+def restored(kept):
+    """The devices of which something was `kept`."""
+    return JaxDevices.of(kept) if isinstance(kept, str) else kept
+
+
 class JaxDevices:
     """Those along an axis of the mesh of a `jax.shard_map`."""
 
     def __init__(self, axis, index):
         self._axis = axis
+        self.kept = axis  # what a trace may keep of them
         self.index = index  # of this device, in the order of the parts
 
     @classmethod
@@ -63,6 +69,10 @@ class JaxDevices:
         import jax
 
         return jax.lax.all_gather(x, self._axis, axis=axis % (len(x.shape) + 1))
+
+    def total(self, x):
+        """The sum of what devices hold of a gradient of what is `shared`."""
+        return x  # as JAX has summed it up
 
     def own(self, x, axis):
         """The entry of this device along an axis of all devices."""
@@ -83,6 +93,7 @@ class TorchDevices:
 
     def __init__(self, group, index):
         self._group = group
+        self.kept = self
         self.index = index
         self._gathered: list | None = None  # by a function that is computed again
         self._to_read: list = []  # of what it gathered in its first call
@@ -123,6 +134,9 @@ class TorchDevices:
                 self._gathered, self._to_read = None, []
 
         return call
+
+    def total(self, x):
+        return self.gather(x, axis=0).sum(0)
 
     def own(self, x, axis):
         return x.select(axis, self.index)

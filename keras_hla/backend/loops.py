@@ -30,25 +30,12 @@ def scan_serially(step, state, inputs, output_dtype=None):
         return state, output
 
     if keras.config.backend() == "jax":
-        state = _varying(state, inputs)
+        from keras_hla.backend.jax_axes import differing_along, differing_axes
+
+        # As they will differ where the inputs do, and are zeros at first.
+        state = differing_along(differing_axes(state, inputs), state)
     state, outputs = ops.scan(body, state, inputs)
     return outputs, state
-
-
-def _varying(state, inputs):
-    """The states, known to differ along those axes of a `jax.shard_map` that the inputs do."""
-    import jax
-
-    def axes(x):
-        kind = jax.typeof(x)  # in which JAX 0.10 gave them another name
-        return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
-
-    if not hasattr(jax.lax, "pcast"):  # before JAX knew of them
-        return state
-    all_axes = frozenset().union(*map(axes, jax.tree.leaves((state, inputs))))
-    if not all_axes:
-        return state
-    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(all_axes - axes(x)), to="varying"), state)
 
 
 def _scan_tensorflow(step, state, inputs, output_dtype=None):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import keras
 
 from keras_hla import operators
+from keras_hla.backend.compiling import is_torch_compiling
 from keras_hla.checks import check_choice
 from keras_hla.kernels import device, proof
 from keras_hla.kernels.passes import passes_of
@@ -59,7 +60,8 @@ def choose(
 
     Returns:
         The named tuple `(implementation, reason)`. The portable path always takes a
-        single token, which is a step, and an empty sequence.
+        single token, which is a step, and an empty sequence. With `context_parallel`
+        the lengths of parts do not matter, so that all devices choose alike.
 
     Raises:
         ValueError: if `implementation="triton"` cannot run that, with the reason.
@@ -71,7 +73,8 @@ def choose(
     ('portable', 'there is no CUDA GPU')
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    settled = _why_portable_always(implementation, tensor, form)
+    split = context_parallel is not None
+    settled = _why_portable_always(implementation, None if split else tensor, form)
     if settled:
         return Choice("portable", settled)
     operator = operators.get(operator)
@@ -87,9 +90,10 @@ def choose(
                 "Use 'auto' or 'portable'. Received: implementation='triton'"
             )
         return Choice("triton", "it was asked for")
+    # Devices of one sequence exchange what they have alike, however long their parts are.
     obstacle = (
         obstacle
-        or device.why_not_faster(tensor)
+        or device.why_not_faster(None if split else tensor)
         or _not_known_to_be_faster(operator, dtype, (key_dim, value_dim), decays)
     )
     if obstacle:
@@ -149,6 +153,6 @@ def _outside_of_form(form, causal, normalize, chunk_size, context_parallel):
         return "they would round the sum by which normalize=True divides"
     if chunk_size is not None:
         return f"they choose the chunk size themselves, not chunk_size={chunk_size}"
-    if context_parallel is not None:
-        return "they exchange no states between devices, as context_parallel needs"
+    if context_parallel is not None and is_torch_compiling():
+        return "what `torch.compile` compiles has no kernels that exchange states between devices"
     return None

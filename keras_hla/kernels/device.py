@@ -22,7 +22,7 @@ def why_not(tensor):
     if tensor is not None:
         if not all(isinstance(n, int) for n in tensor.shape):
             return "they need a known batch size and length"
-        if 0 in tensor.shape:
+        if 0 in (tensor.shape[0], *tensor.shape[2:]):
             return "there is nothing to compute"
     missing = [name for name in needed if not _INSTALLED[name]]
     if missing:

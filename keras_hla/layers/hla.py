@@ -393,6 +393,8 @@ class HLA(CompositeLayer):
             return "there are states before or after the sequence"
         if mask is not None:
             return "there is a mask"
+        if self.context_parallel is not None:
+            return "several devices hold the sequence"
         length = 0 if sequences is None else sequences.shape[1]
         if self.remat_length is not None and length > self.remat_length:
             return "the sequence is longer than `remat_length`"

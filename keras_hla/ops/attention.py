@@ -112,7 +112,7 @@ def higher_order_attention(
             last one of each part is exchanged, too. Gradients are those of the sum
             of the losses of all devices: under PyTorch each process holds its share
             of that of `initial_state`, as of those of weights. It needs
-            `form="chunked"` and `causal=True`, and the portable path evaluates it.
+            `form="chunked"` and `causal=True`.
 
     Returns:
         The output, shape `(batch, length, heads, value_dim)`, in the dtype of

@@ -106,7 +106,7 @@ class Recorder:
     def attend(self, operator, query, key, value, log_decay):
         """The output of an operator, from zero states."""
         read = {"query": query, "key": key, "value": value, "log_decay": log_decay}
-        (result,) = self._note(ATTENTION, read, (passes_of(operator), False))
+        (result,) = self._note(ATTENTION, read, (passes_of(operator), False, None))
         return result
 
     def gate(self, x, gates):

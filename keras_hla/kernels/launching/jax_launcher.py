@@ -7,6 +7,7 @@ import jax
 import jax_triton
 import keras
 
+from keras_hla.backend.jax_axes import differing_along, differing_axes, summed_as
 from keras_hla.kernels.launching.jax_partitioning import on_own_rows
 
 # Which name jax-triton has for the shapes of outputs: the first from 0.4 on.
@@ -34,6 +35,7 @@ def _backward(function, options, residuals, results):
     tensors, _ = residuals
     wanted = tuple(name for name, x in tensors.items() if keras.backend.is_float_dtype(x.dtype))
     found = _gradients(function, options, wanted, (*residuals, results))
+    found = {name: summed_as(x, tensors[name]) for name, x in found.items()}
     return ({name: found.get(name) for name in tensors},)
 
 
@@ -65,4 +67,5 @@ def run(launch, inputs):
         **launch.constants,
         **launch.options,
     )
+    results = differing_along(differing_axes(inputs), results)
     return tuple(None if x is None else r for x, r in zip(launch.outputs, results, strict=True))

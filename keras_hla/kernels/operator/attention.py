@@ -6,7 +6,7 @@ from keras_hla.kernels.operator.chain import ATTENTION
 from keras_hla.kernels.passes import passes_of
 
 
-def attention(operator, inputs, state, return_state=True):
+def attention(operator, inputs, state, return_state=True, devices=None):
     """Evaluates an operator.
 
     Args:
@@ -14,10 +14,15 @@ def attention(operator, inputs, state, return_state=True):
         inputs: `keras_hla.inputs.Inputs`.
         state: List of states, or `None`.
         return_state: whether the states after the last token are wanted.
+        devices: those that hold the sequence together, each a part, or `None`.
 
     Returns:
         The output, `(batch, length, heads, value_dim)`, and the list of states or `None`.
     """
+    if inputs.query.shape[1] == 0:  # of a part; it has the others' exchanges
+        inputs = type(inputs)(*(x if x is None else _with_a_token(x) for x in inputs))
+        output, state = attention(operator, inputs, state, return_state, devices)
+        return output[:, :0], state
     query, key, value, log_decay = inputs
     if log_decay is not None and 1 < log_decay.shape[2] < query.shape[2]:
         log_decay = ops.repeat(log_decay, query.shape[2] // log_decay.shape[2], axis=2)
@@ -25,7 +30,7 @@ def attention(operator, inputs, state, return_state=True):
     states = {f"state {i}": _to_kernel(x, heads) for i, x in enumerate(state or ())}
     passes = tuple(tuple(x) for x in passes_of(operator))
     output, *last = ATTENTION(
-        (passes, return_state),
+        (passes, return_state, devices and devices.kept),
         query=query,
         key=key,
         value=value,
@@ -37,6 +42,11 @@ def attention(operator, inputs, state, return_state=True):
     shapes = operator.state_shapes(inputs.moments, heads, dim, value.shape[-1])
     last = [_from_kernel(x, heads, shape[0]) for x, shape in zip(last, shapes, strict=True)]
     return output, last
+
+
+def _with_a_token(x):
+    """Of zeros, which leaves states as they are."""
+    return ops.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (len(x.shape) - 2))
 
 
 def _to_kernel(x, heads):

@@ -5,8 +5,10 @@ States are in the order of the operator's, as in `Plan.state`, float32.
 
 from keras import ops
 
+from keras_hla.backend.devices import restored
 from keras_hla.kernels.launching import KernelFunction
 from keras_hla.kernels.operator import launches
+from keras_hla.kernels.operator.parts import states_between
 from keras_hla.kernels.operator.plan import Plan, plan_of
 from keras_hla.kernels.passes import Pass
 
@@ -16,23 +18,27 @@ def evaluate(run, options, tensors, save):
 
     Args:
         run: as in `KernelFunction`, as are the others.
-        options: the passes, as plain tuples, and whether the states after it are wanted.
+        options: the passes, as plain tuples; whether the states after it are wanted; and those that
+            hold the sequence together, as `devices.kept` gives them, or `None`.
         tensors: `"query"`, `"key"` and `"value"`, `(batch, length, heads, dim)`; `"log_decay"`,
             `(batch or 1, length, heads or 1)`, float32; and the states before the first token,
             by their places.
         save: whether to return the states before each chunk, and what a pass gives to another.
     """
-    _, return_state = options
+    _, return_state, devices = options
     plan = _plan(plan_of, options, tensors)
+    devices = devices and restored(devices)
     decays = _decays(run, plan, tensors)
     known = {name: tensors[name] for name in ("query", "key", "value")}
     leaving, chunk_states = {}, []
     for pass_ in plan.passes:
         state, a, b = tensors.get(f"state {pass_.state}"), known[pass_.key], known[pass_.value]
-        launch = launches.forward(plan, pass_, state is not None, save, return_state)
-        inputs = (known["query"], a, b, decays, state)
-        inputs += _span_states(run, plan, pass_, a, b, decays, False)
-        known[pass_.output], leaving[pass_.state], saved = run(launch, inputs)
+        state, last, spans = _around(run, plan, pass_, (a, b, decays), state, devices, False)
+        leaves = return_state and devices is None
+        launch = launches.forward(plan, pass_, state is not None, save, leaves)
+        inputs = (known["query"], a, b, decays, state, *spans)
+        known[pass_.output], own_last, saved = run(launch, inputs)
+        leaving[pass_.state] = own_last if last is None else devices.shared(last)
         chunk_states.append(saved)
     results = [known[plan.passes[-1].output]]
     results += [leaving[i] for i in sorted(leaving)] if return_state else []
@@ -42,7 +48,9 @@ def evaluate(run, options, tensors, save):
 
 def gradients(run, options, tensors, saved, results, wanted):
     """Returns the gradients of the wanted tensors, from those of the output and the states."""
+    _, return_state, devices = options
     plan = _plan(plan_of, options, tensors)
+    devices = devices and restored(devices)
     decays = _decays(run, plan, tensors)
     count = len(plan.passes) - 1
     exchanged, chunk_states = saved[:count], saved[count:]
@@ -60,11 +68,16 @@ def gradients(run, options, tensors, saved, results, wanted):
         g = found.pop(pass_.output)
         earlier = found.get("query"), found.get(pass_.key)
         adds = (x is not None for x in earlier)
+        if devices is not None and return_state:  # all of them, also where no loss reads it
+            state = devices.total(ops.zeros(*plan.state(pass_, 1)) if state is None else state)
+        state, first, spans = _around(run, plan, pass_, (query, g, decays), state, devices, True)
         name = f"state {pass_.state}"
-        launch = launches.backward(plan, pass_, state is not None, *adds, name in wanted)
-        after = _span_states(run, plan, pass_, query, g, decays, True)
-        inputs = (query, a, b, decays, g, before, state, *after, *earlier)
+        leaves = name in wanted and devices is None
+        launch = launches.backward(plan, pass_, state is not None, *adds, leaves)
+        inputs = (query, a, b, decays, g, before, state, *spans, *earlier)
         dquery, dkey, dvalue, flow, inner, found[name] = run(launch, inputs)
+        if first is not None:  # which all devices have, and one of them gives
+            found[name] = ops.where(devices.index == 0, first, 0)
         found |= {"query": dquery, pass_.key: dkey}
         if dvalue is not None:
             found[pass_.value] = _add(found.get(pass_.value), dvalue)
@@ -80,7 +93,7 @@ def gradients(run, options, tensors, saved, results, wanted):
 
 def shapes(options, tensors, save):
     """Those of what `evaluate` returns, with their dtypes."""
-    _, return_state = options
+    return_state = options[1]
     plan = _plan(Plan, options, tensors)
     results = [plan.sequence(plan.passes[-1].output, plan.dtype)]
     by_state = sorted(plan.passes, key=lambda pass_: pass_.state)
@@ -92,7 +105,7 @@ def shapes(options, tensors, save):
 
 def count(options):
     """The number of the results."""
-    passes, return_state = options
+    passes, return_state, _ = options
     return 1 + len(passes) * return_state
 
 
@@ -119,11 +132,27 @@ def _decays(run, plan, tensors):
     return run(launches.decays(plan, tuple(log_decay.shape)), (log_decay,))[0]
 
 
-def _span_states(run, plan, pass_, key, value, decays, reverse):
-    """What each span leaves to those after it, or backwards to those before it."""
-    if plan.spans == 1:
-        return None, None
-    return run(launches.span_states(plan, pass_, reverse), (key, value, decays))
+def _around(run, plan, pass_, tensors, state, devices, reverse):
+    """What a program of a pass takes of the tokens before its own, or if `reverse` after them.
+
+    Args:
+        tensors: keys and values, or queries and gradients of outputs, and the decays.
+        state: that before all tokens, or `None`.
+        devices: those that hold the sequence together, or `None`.
+
+    Returns:
+        The state before the tokens of the device; that after the tokens of all devices, `None`
+        where there is one; and what each span leaves to the others of the device.
+    """
+    alone = devices is None
+    if alone and plan.spans == 1:
+        return state, None, (None, None)
+    spans = run(launches.span_states(plan, pass_, reverse, not alone), tensors)
+    if alone:
+        return state, None, spans
+    own, decays = spans
+    state, last = states_between(devices, own, decays, state, reverse)
+    return state, last, spans if plan.spans > 1 else (None, None)
 
 
 def _add(x, y):

@@ -59,9 +59,9 @@ def backward(plan, pass_, entering, add_query, add_key, leaving):
 
 
 @_cached
-def span_states(plan, pass_, reverse):
+def span_states(plan, pass_, reverse, of_all):
     """Gives the states of spans and the decays over them."""
-    constants: dict[str, Any] = {"REVERSE": reverse}
+    constants: dict[str, Any] = {"REVERSE": reverse, "ALL": of_all}
     if reverse:  # the queries, and the gradients of outputs
         constants |= {"KEY_GROUP": 1, "VALUE_GROUP": 1, "SAME": False}
     span_decays = ((plan.rows, plan.spans), "float32") if plan.decays else None

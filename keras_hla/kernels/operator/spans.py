@@ -40,11 +40,14 @@ def span_kernel(
     VALUE_BLOCK: tl.constexpr,
     SAME: tl.constexpr,
     REVERSE: tl.constexpr,
+    ALL: tl.constexpr,
     DECAYS: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The state that one span of one head leaves, from zero, and `a^p` over it.
+
+    Unless `ALL`, what the last one leaves is left out, or backwards the first.
 
     If `REVERSE`, the gradient of the state before it: `key` has the queries, `value` the
     gradients of the outputs.
@@ -55,8 +58,7 @@ def span_kernel(
     chunks = tl.cdiv(length, CHUNK)
     chunk_count = tl.minimum(span_chunks, chunks - span * span_chunks)
     chunk = span * span_chunks
-    # What the last leaves, or backwards the first, none needs.
-    if span == (0 if REVERSE else spans - 1):
+    if not ALL and span == (0 if REVERSE else spans - 1):
         chunk_count = 0
     direction = 1
     if REVERSE:
