@@ -276,6 +276,8 @@ def test_operators_in_turn():
     backbone = make_backbone(num_layers=3, operator=("linear", "hla2"))
     names = [block.get_config()["operator"] for block in backbone.decoder_blocks]
     assert names == ["linear", "hla2", "linear"]
+    assert make_backbone(num_layers=2).get_config()["operator"] == ["linear", "hla2"]
+    assert make_backbone(num_layers=1).get_config()["operator"] == "hla2"
 
 
 def test_dropout_of_the_blocks_differs():

@@ -10,6 +10,8 @@ from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.quantized import layer_options, policy_with_quantized
 from keras_hla.layers.rms_normalization import RMSNormalization
 
+# The operators of a model that is asked for none: see `docs/evidence.md`.
+_IN_TURN = ["linear", "hla2"]
 # Arguments of the blocks that generation leaves no choice of.
 _FIXED = {"return_state": True, "stateful": False, "causal": True}
 
@@ -27,7 +29,9 @@ class HLABackbone(Backbone):
         key_dim: Size of each query and key head. `None` is
             `hidden_dim / num_heads`.
         operator: Operator of the blocks, as in `HLACell`, or a list of operators,
-            which the blocks take in turn.
+            which the blocks take in turn. `None` is `["linear", "hla2"]`, which
+            recall and write better together than alone, and `"hla2"` for a
+            single block.
         dropout: Share in [0, 1) of the outputs of the mixers and of the MLPs
             that are dropped in training.
         norm_epsilon: Positive number, added to the mean squares of the norms.
@@ -73,7 +77,7 @@ class HLABackbone(Backbone):
         hidden_dim,
         intermediate_dim=None,
         key_dim=None,
-        operator="hla2",
+        operator=None,
         dropout=0.0,
         norm_epsilon=1e-6,
         tie_word_embeddings=True,
@@ -103,6 +107,8 @@ class HLABackbone(Backbone):
                 "Argument `hidden_dim` must be a multiple of `num_heads`, or `key_dim` be given. "
                 f"Received: hidden_dim={hidden_dim}, num_heads={num_heads}, key_dim=None"
             )
+        if operator is None:
+            operator = _IN_TURN[-num_layers:]
         in_turn = list(operator) if isinstance(operator, (list, tuple)) else [operator]
         if not 0 < len(in_turn) <= num_layers:
             raise ValueError(

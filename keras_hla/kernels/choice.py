@@ -11,7 +11,8 @@ from keras_hla.kernels import device, proof
 from keras_hla.kernels.passes import passes_of
 
 IMPLEMENTATIONS = ("auto", "portable", "triton")
-_MEASURED = operators.HLA2(), operators.AHLA(), operators.HLA3()
+_MEASURED = operators.HLA2(), operators.AHLA(), operators.HLA3(), operators.Linear()
+_ACCURATE_WITH_WIDE_DECAYS = operators.HLA2(), operators.Linear()
 _LARGEST_DIM = 128
 
 
@@ -138,11 +139,14 @@ def _not_known_to_be_faster(operator, dtype, dims, decays):
     if dtype != "bfloat16":
         return f"the kernels are known to be faster in bfloat16 alone, not in {dtype}"
     if operator not in _MEASURED:
-        return f"the kernels were measured with 'hla2', 'ahla' and 'hla3' alone, not {operator}"
+        return f"the kernels were not measured with the operator {operator}"
     if min(dims) < 64:
         return f"the kernels are known to be faster for dims of 64 to 128 alone, not {dims}"
-    if decays and max(dims) > 64 and operator != _MEASURED[0]:
-        return "with decays and dims above 64 the kernels are known to be accurate for 'hla2' alone"
+    if decays and max(dims) > 64 and operator not in _ACCURATE_WITH_WIDE_DECAYS:
+        return (
+            "with decays and dims above 64 the kernels are known to be accurate for 'hla2' and "
+            "'linear' alone"
+        )
     return None
 
 
