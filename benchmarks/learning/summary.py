@@ -29,6 +29,7 @@ PANELS = {
         "bytes of context, trained at 512",
         {
             "hla2+rope+decay+conv": "hla2",
+            "linear+rope+decay+conv/hla2+rope+decay+conv": "linear and hla2 in turn",
             "linear+rope+decay+conv": "linear",
             "softmax+conv": "softmax attention",
         },
@@ -50,7 +51,7 @@ PANELS = {
         "ragged series: error",
         "places, trained up to 96",
         {
-            "hla2+decay+conv": "hla2",
+            "hla2+rope+decay+conv": "hla2",
             "linear+decay+conv": "linear",
             "softmax+conv": "softmax attention",
             "gru": "GRU",
