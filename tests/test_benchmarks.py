@@ -94,7 +94,8 @@ def test_layers(tmp_path, monkeypatch):
     options = ("--layers", "layers", "--shapes", "1x2x16x8", "--output", str(tmp_path))
     assert main([*QUICK, *options]) == 0
     found = rows(tmp_path, "layers")
-    for name in ("HLA (hla2)", "HLA (hla2, decay, conv, gate)", "MultiHeadAttention", "GRU"):
+    names = "HLA (hla2)", "HLA (hla2, plain)", "HLA (hla2, decay, conv, gate)"
+    for name in (*names, "MultiHeadAttention", "GRU"):
         assert float(found[name]["training step ms median"]) > 0
     assert 0 < float(found["HLA (hla2)"]["error of output"]) < 1e-5
     assert found["HLA (hla2)"]["implementation"].startswith("portable (")

@@ -25,7 +25,7 @@ EVERYTHING = {
     "bias_constraint": "max_norm",
 }
 BIDIRECTIONAL = {"causal": False, "output_shape": 6, "normalize": True, "feature_map": "softplus"}
-WEIGHTS = {"HLA": 9, "HLADecoderBlock": 13}  # of the default layer
+WEIGHTS = {"HLA": 12, "HLADecoderBlock": 13}  # of the default layer
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Any model of HLA layers streams: pieces with states are the whole."""
 
 from backends import relative_error
+from family import PLAIN
 import keras
 from keras import ops
 import numpy as np
@@ -357,7 +358,7 @@ def test_errors(rng):
     with pytest.raises(ValueError, match="must have an `HLA` layer"):
         streaming_model(keras.Model(inputs, keras.layers.Dense(4)(inputs)))
     x, state_s, state_f = inputs, keras.Input((2, 4, 4)), keras.Input((2, 4, 4))
-    x = layers.HLA(2, 4, rope_max_wavelength=None)(x, initial_state=[state_s, state_f])
+    x = layers.HLA(2, 4, rope_max_wavelength=None, **PLAIN)(x, initial_state=[state_s, state_f])
     with pytest.raises(ValueError, match="`initial_state` of layer 'hla_"):
         streaming_model(keras.Model([inputs, state_s, state_f], x))
     stream = streaming_model(two_blocks())
