@@ -158,7 +158,7 @@ def test_other_kernels_than_announced_are_refused(one_layer, monkeypatch, capsys
     found = {"forward_kernel", "gemm"}
     monkeypatch.setattr(runtime.current(), "kernels", lambda call, arguments: found)
     monkeypatch.setattr(own_layers, "_sign", lambda: "forward_kernel")
-    assert main([*QUICK, *one_layer, "--shapes", "1x2x16x8"]) == 1
+    assert main([*QUICK, *one_layer, "--shapes", "1x2x130x8"]) == 1
     assert "announced portable" in capsys.readouterr().out
 
 
