@@ -90,8 +90,9 @@ def test_pieces_are_the_whole(make, rng):
 
 def test_names_and_shapes():
     stream = streaming_model(everything_else())
-    assert stream.state_names[:3] == ["hla_S", "hla_F", "hla_position"]
-    assert stream.state_names[-3:] == ["hla_call_2_S", "hla_call_2_F", "hla_call_2_position"]
+    names = ("S", "F", "window", "position")
+    assert stream.state_names[:4] == [f"hla_{name}" for name in names]
+    assert stream.state_names[-4:] == [f"hla_call_2_{name}" for name in names]
     assert any(name.startswith("sequential_hla_1_") for name in stream.state_names)
     assert stream.output["logits"].shape == (None, None, 20)
     assert [tuple(x.shape) for x in stream.initial_state(5).values()][:2] == [(5, 2, 8, 8)] * 2
