@@ -33,7 +33,7 @@ from keras_hla.layers import HLA  # noqa: E402
 
 FEATURES = 256
 OPTIONS = {
-    "no decay": {},
+    "plain": {"decay": None, "conv_kernel_size": None},
     "all options": {"decay": "input", "conv_kernel_size": 4, "output_gate": "silu"},
 }
 

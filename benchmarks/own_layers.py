@@ -12,8 +12,9 @@ from keras_hla.layers import HLA, HLADecoderBlock
 
 TOKENS = 64  # at which HLA is held to the loop of its cell
 VARIANTS = {
-    "": {},
-    ", decay": {"decay": "input"},
+    "": {},  # the defaults
+    ", plain": {"decay": None, "conv_kernel_size": None},
+    ", decay": {"decay": "input", "conv_kernel_size": None},
     ", decay, conv, gate": {"decay": "input", "conv_kernel_size": 4, "output_gate": "silu"},
 }
 

@@ -56,7 +56,9 @@ class Positions(layers.Layer):
 
 
 def bidirectional_hla(x):
-    return layers.Bidirectional(HLA(4, 8, decay="learned"), merge_mode="sum")(x)
+    return layers.Bidirectional(
+        HLA(4, 8, decay="learned", conv_kernel_size=None), merge_mode="sum"
+    )(x)
 
 
 def full_hla(x):

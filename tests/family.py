@@ -22,6 +22,8 @@ VARIANTS = {
     "hla3_published": {},
 }
 VARIANTS = {name: {"operator": name.split()[0], **options} for name, options in VARIANTS.items()}
+# Options of a layer that is little more than its operator.
+PLAIN = {"decay": None, "conv_kernel_size": None}
 PROBLEMS = ("none", "decay", "normalized")
 FORMS = ("chunked", "recurrent", "matrix")
 FORWARD, GRADIENT = 1e-5, 1e-4  # largest relative RMS errors in float32

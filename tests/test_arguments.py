@@ -3,6 +3,7 @@
 import json
 
 from backends import relative_error, to_numpy
+from family import PLAIN
 import keras
 import numpy as np
 import pytest
@@ -154,11 +155,24 @@ def test_arguments_of_keras_layers(rng):
         assert twin.activity_regularizer is not None
 
 
-def test_a_block_without_causality():
-    """Its defaults do not go with it, and it says so."""
-    for options in ({}, {"decay": None}, {"conv_kernel_size": None}):
-        with pytest.raises(
-            ValueError, match=r"`decay` must be None and `conv_kernel_size` must be.*default"
-        ):
-            layers.HLADecoderBlock(2, 4, causal=False, **options)
-    layers.HLADecoderBlock(2, 4, causal=False, decay=None, conv_kernel_size=None)
+@pytest.mark.parametrize("layer", [layers.HLA, layers.HLADecoderBlock])
+def test_no_causality(rng, layer):
+    """What needs an order of the tokens is off by default, and refused where it is asked for."""
+    x = rng.standard_normal((2, 6, 8)).astype("float32")
+    some, twin = layer(2, 4, causal=False), layer(2, 4, causal=False, **PLAIN)
+    expected = to_numpy(some(x))
+    twin.build(x.shape)
+    twin.set_weights(some.get_weights())
+    assert relative_error(twin(x), expected) <= 1e-6
+    unordered = layer(2, 4, causal=False, rope_max_wavelength=None)
+    expected = to_numpy(unordered(x))[:, ::-1]
+    assert relative_error(unordered(x[:, ::-1].copy()), expected) <= 1e-5
+    for name, value in {"decay": "input", "conv_kernel_size": 4}.items():
+        with pytest.raises(ValueError, match=rf"`causal=False`.*`{name}` must be None.*Received"):
+            layer(2, 4, causal=False, **{name: value})
+
+
+@pytest.mark.parametrize("layer", [layers.HLA, layers.HLACell, layers.HLADecoderBlock])
+def test_defaults_of_decay_and_convolution(layer):
+    config = layer(2, 4).get_config()
+    assert (config["decay"], config["conv_kernel_size"]) == ("input", 4)

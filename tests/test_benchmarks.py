@@ -94,7 +94,8 @@ def test_layers(tmp_path, monkeypatch):
     options = ("--layers", "layers", "--shapes", "1x2x16x8", "--output", str(tmp_path))
     assert main([*QUICK, *options]) == 0
     found = rows(tmp_path, "layers")
-    for name in ("HLA (hla2)", "HLA (hla2, decay, conv, gate)", "MultiHeadAttention", "GRU"):
+    names = "HLA (hla2)", "HLA (hla2, plain)", "HLA (hla2, decay, conv, gate)"
+    for name in (*names, "MultiHeadAttention", "GRU"):
         assert float(found[name]["training step ms median"]) > 0
     assert 0 < float(found["HLA (hla2)"]["error of output"]) < 1e-5
     assert found["HLA (hla2)"]["implementation"].startswith("portable (")
@@ -157,7 +158,7 @@ def test_other_kernels_than_announced_are_refused(one_layer, monkeypatch, capsys
     found = {"forward_kernel", "gemm"}
     monkeypatch.setattr(runtime.current(), "kernels", lambda call, arguments: found)
     monkeypatch.setattr(own_layers, "_sign", lambda: "forward_kernel")
-    assert main([*QUICK, *one_layer, "--shapes", "1x2x16x8"]) == 1
+    assert main([*QUICK, *one_layer, "--shapes", "1x2x130x8"]) == 1
     assert "announced portable" in capsys.readouterr().out
 
 

@@ -33,7 +33,7 @@ def test_computes_what_it_says(x):
     block = make(intermediate_dim=20, norm_epsilon=1e-3)
     for norm in (block.mixer_norm, block.mlp_norm):  # so that their scales matter
         norm.scale.assign(keras.random.uniform((12,), 0.5, 1.5, seed=3))
-    mixer = layers.HLA(4, 4, decay="input", conv_kernel_size=4, use_bias=False)
+    mixer = layers.HLA(4, 4, use_bias=False)
     mixer.build((None, None, 12))
     mixer.set_weights(block.mixer.get_weights())
 
@@ -167,7 +167,7 @@ def test_config_and_file(x, tmp_path):
         ({"return_sequences": False}, "no argument `return_sequences`.*return_sequences=False"),
         ({"go_backwards": True}, "no argument `go_backwards`.*Received: go_backwards=True"),
         ({"output_shape": 7}, "no argument `output_shape`.*Received: output_shape=7"),
-        ({"causal": False}, "`causal=False`.*`decay` must be None.*decay='input'"),
+        ({"causal": False, "decay": 0.9}, "`causal=False`.*`decay` must be None.*decay=0.9"),
     ],
 )
 def test_errors(arguments, message):

@@ -2,6 +2,7 @@
 
 import threading
 
+from family import PLAIN
 import keras
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from keras_hla import kernels, layers
 from keras_hla.kernels.fusion import recordings
 
 LENGTH, FEATURES = 8, 8
-LITTLE = {"operator": "linear", "rope_max_wavelength": None, "output_norm": False}
+LITTLE = {**PLAIN, "operator": "linear", "rope_max_wavelength": None, "output_norm": False}
 OPTIONS = {
     "little": (layers.HLA, LITTLE),
     "block": (layers.HLADecoderBlock, {"qk_norm": True, "output_gate": "silu"}),

@@ -3,6 +3,7 @@
 import functools
 
 from backends import compiled, to_numpy
+from family import PLAIN
 import keras
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from keras_hla import layers, operators, ops
 
 BACKEND = keras.config.backend()
 LAYERS = {
-    "plain": {},
+    "plain": PLAIN,
+    "default": {},
     "convolution": {"conv_kernel_size": 3, "decay": "input"},
     "third order": {"operator": "hla3", "normalize": True, "decay": 0.9},
     "published": {"operator": "hla2_published"},

@@ -224,6 +224,7 @@ def test_layer_arguments(layer, arguments, message):
         ({"chunk_size": 0}, "`chunk_size` must be .* Received: chunk_size=0"),
         ({"remat_length": 0}, "`remat_length` must be .* Received: remat_length=0"),
         ({"causal": False, "decay": 0.9}, "`decay` must be None. Received: decay=0.9"),
+        ({"causal": False, "decay": "input"}, "`decay` must be None. Received: decay='input'"),
         ({"causal": False, "conv_kernel_size": 4}, "`conv_kernel_size` must be None"),
         ({"causal": False, "chunk_size": 4}, "`chunk_size` must be None. Received: chunk_size=4"),
         ({"causal": False, "return_state": True}, "`return_state` must be False"),
@@ -254,8 +255,8 @@ def test_layer_calls():
     with pytest.raises(ValueError, match=r"`sequences` must have shape .*Received.*\(2, 16\)"):
         layer(x[:, 0])
     layer(x)
-    states = [np.zeros((2, 4, 8, 8), "float32")] * 2
-    with pytest.raises(ValueError, match=r"`initial_state` must be a list.*'position'"):
+    *states, _ = layer.get_initial_state(2)
+    with pytest.raises(ValueError, match=r"`initial_state` must be a list.*'window', 'position'"):
         layer(x, initial_state=states)
     with pytest.raises(ValueError, match=r"position in argument `initial_state` must have shape"):
         layer(x, initial_state=[*states, np.zeros((2,), "float32")])

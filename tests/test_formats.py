@@ -1,6 +1,7 @@
 """ONNX and LiteRT files give what the Keras model gives, whole and in pieces."""
 
 from backends import relative_error
+from family import PLAIN
 import keras
 from keras.quantizers import Int4QuantizationConfig, Int8QuantizationConfig
 import numpy as np
@@ -19,7 +20,7 @@ EVERY_OPTION = {
 ONNX_STEPS = [
     ("hla3", EVERY_OPTION, None, (1, 7, 64, 1)),
     ("ahla", EVERY_OPTION, 7, (7, 7)),
-    ("hla2", {}, None, (1, 7, 64)),  # nothing is between the projections and the heads
+    ("hla2", PLAIN, None, (1, 7, 64)),  # nothing is between the projections and the heads
 ]
 LITERT_STEPS = [("hla2", 7), ("ahla", 1), ("hla3", 64)]
 WHOLE = [("out.onnx", None, (1, 7, 65, 300)), ("out.tflite", 64, (64,))]

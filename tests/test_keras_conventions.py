@@ -1,6 +1,7 @@
 """What Keras promises of a layer: its own layer test, and the ways to train and to nest one."""
 
 from backends import call, compiled, relative_error, run, to_numpy
+from family import PLAIN
 import keras
 from keras.src.testing import TestCase
 import numpy as np
@@ -25,7 +26,7 @@ EVERYTHING = {
     "bias_constraint": "max_norm",
 }
 BIDIRECTIONAL = {"causal": False, "output_shape": 6, "normalize": True, "feature_map": "softplus"}
-WEIGHTS = {"HLA": 9, "HLADecoderBlock": 13}  # of the default layer
+WEIGHTS = {"HLA": 12, "HLADecoderBlock": 13}  # of the default layer
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def torch_loop(model, x):
 def test_compiled_by_the_backend(x):
     """One graph, as of `tf.function`, `jax.jit` or `torch.compile`."""
     inputs = keras.Input((None, 8))
-    model = keras.Model(inputs, layers.HLA(**SIZES)(inputs))
+    model = keras.Model(inputs, layers.HLA(**SIZES, **PLAIN)(inputs))
     expected = model.predict(x, verbose=0)
     if BACKEND == "torch":
         import torch

@@ -4,6 +4,7 @@ import fractions
 
 from backends import call, compiled, gradients, relative_error, run, to_numpy
 from definitions import Reference, serial
+from family import PLAIN
 import keras
 import numpy as np
 import pytest
@@ -12,11 +13,17 @@ from keras_hla import layers
 from keras_hla.stages.rotary import rotation, split_position, turns_of
 
 CONFIGURATIONS = {
-    "plain": {},
-    "per_head": {"decay": [0.9, 0.95, 0.99, 1.0], "value_dim": 6, "rope_max_wavelength": None},
-    "multiscale": {"decay": "multiscale", "num_key_value_heads": 1, "scale": 0.5},
-    "learned": {"decay": "learned", "num_key_value_heads": 2, "use_bias": False},
-    "input": {"decay": "input", "output_norm": False, "key_dim": 4},
+    "plain": PLAIN,
+    "default": {},
+    "per_head": {
+        **PLAIN,
+        "decay": [0.9, 0.95, 0.99, 1.0],
+        "value_dim": 6,
+        "rope_max_wavelength": None,
+    },
+    "multiscale": {**PLAIN, "decay": "multiscale", "num_key_value_heads": 1, "scale": 0.5},
+    "learned": {**PLAIN, "decay": "learned", "num_key_value_heads": 2, "use_bias": False},
+    "input": {**PLAIN, "decay": "input", "output_norm": False, "key_dim": 4},
     "every option": {
         "operator": "hla3",
         "decay": "input",
@@ -37,7 +44,9 @@ TRAININGS = [(name, BACKEND == "jax") for name in ("plain", "input")]
 if BACKEND == "tensorflow":
     TRAININGS.append(("input", True))
 every_configuration = pytest.mark.parametrize("name", CONFIGURATIONS)
-some_configurations = pytest.mark.parametrize("name", ["plain", "learned", "every option"])
+some_configurations = pytest.mark.parametrize(
+    "name", ["plain", "default", "learned", "every option"]
+)
 
 
 def make(name="input", **options):
@@ -473,7 +482,7 @@ def test_regularizers_and_constraints(x):
 
 
 def test_weight_names():
-    layer = layers.HLA(4, 8, decay="learned", name="mixer")
+    layer = layers.HLA(4, 8, decay="learned", conv_kernel_size=None, name="mixer")
     layer.build((None, None, 16))
     assert [w.path for w in layer.weights] == [
         "mixer/cell/query/kernel",

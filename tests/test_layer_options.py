@@ -74,7 +74,7 @@ def test_short_convolution(x, rng, size):
 
 def test_convolution_comes_before_the_heads(x):
     """The layer's outputs are those of its projections, convolved and activated."""
-    layer = make(conv_kernel_size=3, conv_activation="tanh", rope_max_wavelength=None)
+    layer = make(decay=None, conv_kernel_size=3, conv_activation="tanh", rope_max_wavelength=None)
     weights = {w.path.split("/", 2)[-1]: to_numpy(w) for w in layer.weights}
     output = call(layer, x)
     exact = x.astype("float64")

@@ -1,6 +1,7 @@
 """Any model of HLA layers streams: pieces with states are the whole."""
 
 from backends import relative_error
+from family import PLAIN
 import keras
 from keras import ops
 import numpy as np
@@ -89,8 +90,9 @@ def test_pieces_are_the_whole(make, rng):
 
 def test_names_and_shapes():
     stream = streaming_model(everything_else())
-    assert stream.state_names[:3] == ["hla_S", "hla_F", "hla_position"]
-    assert stream.state_names[-3:] == ["hla_call_2_S", "hla_call_2_F", "hla_call_2_position"]
+    names = ("S", "F", "window", "position")
+    assert stream.state_names[:4] == [f"hla_{name}" for name in names]
+    assert stream.state_names[-4:] == [f"hla_call_2_{name}" for name in names]
     assert any(name.startswith("sequential_hla_1_") for name in stream.state_names)
     assert stream.output["logits"].shape == (None, None, 20)
     assert [tuple(x.shape) for x in stream.initial_state(5).values()][:2] == [(5, 2, 8, 8)] * 2
@@ -357,7 +359,7 @@ def test_errors(rng):
     with pytest.raises(ValueError, match="must have an `HLA` layer"):
         streaming_model(keras.Model(inputs, keras.layers.Dense(4)(inputs)))
     x, state_s, state_f = inputs, keras.Input((2, 4, 4)), keras.Input((2, 4, 4))
-    x = layers.HLA(2, 4, rope_max_wavelength=None)(x, initial_state=[state_s, state_f])
+    x = layers.HLA(2, 4, rope_max_wavelength=None, **PLAIN)(x, initial_state=[state_s, state_f])
     with pytest.raises(ValueError, match="`initial_state` of layer 'hla_"):
         streaming_model(keras.Model([inputs, state_s, state_f], x))
     stream = streaming_model(two_blocks())

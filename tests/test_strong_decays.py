@@ -148,7 +148,7 @@ def test_weights_of_strong_decays(rng):
 
 def test_decays_computed_from_large_inputs(rng):
     """The layer is its cell, token by token, where a token forgets all before it."""
-    layer = layers.HLA(num_heads=2, key_dim=4, decay="input")
+    layer = layers.HLA(num_heads=2, key_dim=4, decay="input", conv_kernel_size=None)
     x = rng.standard_normal((2, 20, 6)).astype("float32")
     layer.build(x.shape)
     dense = layer.cell.log_decay.logit_dense

@@ -6,7 +6,7 @@ import shutil
 
 from backends import relative_error
 from definitions import Reference, serial
-from family import FORWARD, GRADIENT, draw, like
+from family import FORWARD, GRADIENT, PLAIN, draw, like
 import keras
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_layer(options):
-    layer = layers.HLA(2, 4, **options)
+    layer = layers.HLA(2, 4, **PLAIN | options)
     layer.build((None, None, 6))
     assert_same(layer, sequences(2, 40, 6))
 
@@ -171,6 +171,7 @@ def test_few_graphs_for_all_lengths(implementation):
         8,
         operator="linear",
         decay="learned",
+        conv_kernel_size=None,
         rope_max_wavelength=None,
         implementation=implementation,
     )
@@ -201,7 +202,7 @@ def test_few_graphs_for_all_lengths(implementation):
 
 def test_a_stream_is_not_what_was_compiled_without():
     """The scope of a stream is a state of the thread, of which a compiled layer takes note."""
-    layer = layers.HLA(1, 4, operator="linear", rope_max_wavelength=None)
+    layer = layers.HLA(1, 4, operator="linear", rope_max_wavelength=None, **PLAIN)
     layer.build((None, None, 4))
     function = compiled(layer)
     with torch.no_grad():

@@ -1,6 +1,10 @@
 """Weights go from model to model: what is among them, and what files hold of them."""
 
+import json
+import zipfile
+
 from backends import relative_error, to_numpy
+from family import PLAIN
 import keras
 import numpy as np
 import pytest
@@ -91,6 +95,51 @@ def test_files_of_former_versions_hold_states(x, kind, tmp_path, monkeypatch):
     assert relative_error(stateless.predict(x[:, :5], verbose=0), expected[:, :5]) <= 1e-6
 
 
+# What files of versions hold whose default it was to have neither decay nor convolution.
+FORMER = json.loads("""{
+    "name": "mixer", "trainable": true,
+    "dtype": {"module": "keras", "class_name": "DTypePolicy", "config": {"name": "float32"},
+              "registered_name": null},
+    "num_heads": 2, "key_dim": 4, "value_dim": 4, "num_key_value_heads": 2, "operator": "hla2",
+    "decay": null, "rope_max_wavelength": 10000, "scale": 0.5, "masked": true, "normalize": false,
+    "epsilon": 1e-06, "ridge": 0.0, "feature_map": null, "conv_kernel_size": null,
+    "conv_activation": "silu", "qk_norm": false, "output_norm": true, "output_gate": null,
+    "dropout": 0.0, "output_shape": null, "use_bias": true,
+    "kernel_initializer": {"module": "keras.initializers", "class_name": "GlorotUniform",
+                           "config": {"seed": null}, "registered_name": null},
+    "bias_initializer": {"module": "keras.initializers", "class_name": "Zeros", "config": {},
+                         "registered_name": null},
+    "kernel_regularizer": null, "bias_regularizer": null, "kernel_constraint": null,
+    "bias_constraint": null, "seed": null, "return_sequences": true, "return_state": false,
+    "go_backwards": false, "stateful": false, "zero_output_for_mask": false, "causal": true,
+    "chunk_size": null, "implementation": "auto", "remat_length": 8192
+}""")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_files_of_former_defaults(x, causal, tmp_path):
+    """They come back without decay and convolution, which are defaults now."""
+    former = keras.Sequential(
+        [keras.Input((None, 8)), layers.HLA(2, 4, name="mixer", causal=causal, **PLAIN)]
+    )
+    former.save(tmp_path / "plain.keras")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.keras") as plain,
+        zipfile.ZipFile(tmp_path / "former.keras", "w") as file,
+    ):
+        for name in plain.namelist():
+            content = plain.read(name)
+            if name == "config.json":
+                config = json.loads(content)
+                config["config"]["layers"][1]["config"] = FORMER | {"causal": causal}
+                content = json.dumps(config)
+            file.writestr(name, content)
+    loaded = keras.saving.load_model(tmp_path / "former.keras")
+    cell = loaded.layers[0].cell
+    assert cell.decay is cell.conv_kernel_size is None
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), former.predict(x, verbose=0))
+
+
 @every_kind
 def test_a_frozen_layer_is_loaded_frozen(x, kind, tmp_path):
     model = make(kind)
@@ -126,4 +175,4 @@ def test_weights_of_ones_own_are_loaded(tmp_path):
     first.save_weights(tmp_path / "model.weights.h5")
     second.load_weights(tmp_path / "model.weights.h5")
     assert to_numpy(second.layers[0].factor) == 3
-    assert len(second.layers[0].states) == 3
+    assert len(second.layers[0].states) == len(second.layers[0].cell.state_size)

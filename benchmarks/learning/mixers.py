@@ -11,6 +11,7 @@ from benchmarks.learning.operators import CANDIDATES
 from keras_hla.layers import HLA
 
 OPERATORS = ("hla2", "ahla", "hla3", "linear", *CANDIDATES)
+NOTHING: dict[str, Any] = {"decay": None, "conv_kernel_size": None, "rope_max_wavelength": None}
 OPTIONS: dict[str, dict[str, Any]] = {
     "conv": {"conv_kernel_size": 4},
     "rope": {"rope_max_wavelength": 10_000},
@@ -58,7 +59,7 @@ def make(name, heads, dim, implementation="portable"):
     if name in PEERS:
         return PEERS[name](heads, dim)
     base, *options = name.split("+")
-    arguments: dict[str, Any] = {"rope_max_wavelength": None}
+    arguments = dict(NOTHING)
     for option in options:
         arguments |= OPTIONS[option]
     return HLA(

@@ -34,6 +34,9 @@ from keras_hla.layers.sequence_part import SequencePart
 from keras_hla.layers.state_scope import current_state_scope
 from keras_hla.masking import fill_forward, segment_starts
 
+# The defaults of what needs an order of the tokens, where there is none.
+_WITHOUT_ORDER = {"decay": None, "conv_kernel_size": None}
+
 
 @keras.saving.register_keras_serializable(package="keras_hla")
 class HLA(CompositeLayer):
@@ -64,7 +67,8 @@ class HLA(CompositeLayer):
         zero_output_for_mask: Whether the output of a masked token is zero. By
             default it is the output before it, as in `keras.layers.GRU`.
         causal: `False` lets every token read the whole sequence, still in linear
-            time. It goes without decay, convolution and state.
+            time. It goes without decay, convolution and state: the defaults of
+            `decay` and `conv_kernel_size` are `None` then.
         chunk_size: Largest number of tokens of a chunk. It changes time and
             memory, not the result. `None` chooses.
         remat_length: Longest sequence of which all is kept that the gradients
@@ -107,13 +111,12 @@ class HLA(CompositeLayer):
         features. A sequence of length 0 leaves the states as they are.
 
         With `return_state=True` a tuple of that tensor and the states, float32
-        (float64 under a float64 policy): for `"hla2"` `S`, `(batch,
-        num_key_value_heads, key_dim, key_dim)` (as many as `num_heads` where
-        decays differ by head); `F`, `(batch, num_heads,
-        key_dim, value_dim)`; then, if there is a convolution, the window of the
-        last tokens that it reads, and if there is a rotary embedding, the
-        position, `(batch, 2)`: how many blocks of 65,536 tokens lie before, and
-        how many tokens besides.
+        (float64 under a float64 policy): for `"hla2"` `S`, `(batch, num_heads,
+        key_dim, key_dim)` (`num_key_value_heads` of them where all heads decay
+        alike); `F`, `(batch, num_heads, key_dim, value_dim)`; then, if there is a
+        convolution, the window of the last tokens that it reads, and if there is
+        a rotary embedding, the position, `(batch, 2)`: how many blocks of 65,536
+        tokens lie before, and how many tokens besides.
 
     Raises:
         ValueError: if an argument is outside of what it may be.
@@ -122,7 +125,7 @@ class HLA(CompositeLayer):
 
     >>> tokens = keras.Input((None,), dtype="int32")
     >>> x = keras.layers.Embedding(256, 64)(tokens)
-    >>> x = x + keras_hla.layers.HLA(num_heads=4, key_dim=16, decay="input")(x)
+    >>> x = x + keras_hla.layers.HLA(num_heads=4, key_dim=16)(x)
     >>> model = keras.Model(tokens, keras.layers.Dense(256)(x))
 
     Reference:
@@ -150,6 +153,8 @@ class HLA(CompositeLayer):
         **kwargs,
     ):
         kwargs, others = split_arguments(kwargs, HLACell)
+        if not causal:
+            kwargs = _WITHOUT_ORDER | kwargs
         super().__init__(name=name, trainable=trainable, dtype=dtype, **others)
         check_positive_int("chunk_size", chunk_size, optional=True)
         check_positive_int("remat_length", remat_length, optional=True)

@@ -43,11 +43,12 @@ class HLACell(HLAWeights, DropoutRNNCell):
             `num_heads`: consecutive query heads share one. `None` is `num_heads`.
         operator: Name of an operator, or an operator that has a name; see
             `keras_hla.operators.get`.
-        decay: How fast the past is forgotten: `None`, not at all; a number in
-            (0, 1], the factor per token; a sequence of `num_heads` numbers, one
-            per head; `"multiscale"`, fixed factors with time scales from 32 to
-            512 tokens over the heads; `"learned"`, one trained factor per head;
-            or `"input"`, a factor per head and token computed from the inputs.
+        decay: How fast the past is forgotten: `"input"`, by a factor per head and
+            token computed from the inputs, the default; `"learned"`, one trained
+            factor per head; `"multiscale"`, fixed factors with time scales from
+            32 to 512 tokens over the heads; a sequence of `num_heads` numbers in
+            (0, 1], one per head; a number, the factor of all; or `None`, not at
+            all.
         rope_max_wavelength: Longest period of the rotary position embedding of
             queries and keys, in tokens times `2 π`; `None` is no embedding. It
             needs an even `key_dim`, and adds the position to the state.
@@ -58,8 +59,8 @@ class HLACell(HLAWeights, DropoutRNNCell):
             keeps their shape. `None` is none, as in the paper.
         conv_kernel_size: Number of tokens, 2 or more, over which a causal
             convolution mixes each feature of the projected queries, keys and
-            values alone, before all else. It adds the last `conv_kernel_size - 1`
-            tokens to the state. `None` is no convolution.
+            values alone, before all else; 4 by default. It adds the last
+            `conv_kernel_size - 1` tokens to the state. `None` is no convolution.
         conv_activation: Activation after the convolution, or `None`.
         qk_norm: Whether each head's queries and keys are divided by their root
             mean square, with a trained scale per feature, before the feature map.

@@ -49,8 +49,6 @@ class HLADecoderBlock(CompositeLayer):
         dropout: Share in [0, 1) of the outputs of the mixer and of the MLP that
             are dropped in training.
         norm_epsilon: Positive number, added to the mean squares of the norms.
-        decay: As in `HLA`, but `"input"` by default.
-        conv_kernel_size: As in `HLA`, but 4 by default.
         use_bias: Whether projections, those of the MLP too, have a bias; not by
             default.
         **kwargs: Other arguments of `HLA` but `return_sequences`, `go_backwards`
@@ -91,8 +89,6 @@ class HLADecoderBlock(CompositeLayer):
         activation="silu",
         dropout=0.0,
         norm_epsilon=1e-6,
-        decay="input",
-        conv_kernel_size=4,
         use_bias=False,
         name=None,
         trainable=True,
@@ -108,19 +104,11 @@ class HLADecoderBlock(CompositeLayer):
                     "in order, with the features of the input. "
                     f"Received: {argument}={kwargs[argument]!r}"
                 )
-        if not kwargs.get("causal", True) and not decay is conv_kernel_size is None:
-            raise ValueError(
-                "With `causal=False` tokens have no order: `decay` must be None and "
-                "`conv_kernel_size` must be None, which are not the defaults of a block. "
-                f"Received: decay={decay!r}, conv_kernel_size={conv_kernel_size!r}"
-            )
         check_positive_int("intermediate_dim", intermediate_dim, optional=True)
         check_number("norm_epsilon", norm_epsilon, "a positive number", lambda x: x > 0)
         self.mixer = HLA(
             num_heads,
             key_dim,
-            decay=decay,
-            conv_kernel_size=conv_kernel_size,
             use_bias=use_bias,
             dropout=dropout,
             trainable=trainable,
