@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_hla
-from keras_hla import distribution, layers
+from keras_hla import distribution, kernels, layers
 
 BACKEND = keras.config.backend()
 AXIS = "parts"
@@ -109,15 +109,11 @@ def test_a_split_model_neither_streams_nor_generates(axis):
 
 
 @needs_engine
-def test_the_reason_for_the_portable_path_is_told(axis):
+def test_a_split_layer_is_not_one_function(axis, monkeypatch):
+    monkeypatch.setattr(kernels, "choose", lambda *_, **__: kernels.Choice("triton", "asked for"))
     layer = layers.HLA(2, 64)
     distribution.split_sequence(layer, axis)
-    choice = layer.implementation_for()
-    assert choice.implementation == "portable"
-    layer = layers.HLA(2, 64, implementation="triton")
-    distribution.split_sequence(layer, axis)
-    with pytest.raises(ValueError, match="no states between devices"):
-        layer.implementation_for()
+    assert layer.why_not_fused() == "several devices hold the sequence"
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="Others know at once whether there are devices.")
