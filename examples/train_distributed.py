@@ -1,11 +1,13 @@
 """Trains one model on one device and on all, and compares losses and tokens per second.
 
     python train_distributed.py --backend jax
+    python train_distributed.py --backend jax --split sequence
 
 The batch is split over the devices: by `keras.distribution.DataParallel` under JAX, by
 `tf.distribute.MirroredStrategy` under TensorFlow, and by `DistributedDataParallel` under PyTorch,
-with a process for each device. Devices are all GPUs. Where there are none they are virtual ones on
-the CPU, which show that losses agree, but share its cores.
+with a process for each device. With `--split sequence`, under JAX and PyTorch, each device holds
+a part of each sequence, by `keras_hla.distribution.split_sequence`. Devices are all GPUs. Where
+there are none they are virtual ones on the CPU, which show that losses agree, but share its cores.
 """
 
 import argparse
@@ -18,6 +20,7 @@ parser = argparse.ArgumentParser(
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
 )
 parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"), default="jax")
+parser.add_argument("--split", choices=("batch", "sequence"), default="batch")
 parser.add_argument("--devices", type=int, default=2, help="virtual devices, without GPUs")
 parser.add_argument("--steps", type=int, default=10, help="steps that are timed, after two")
 parser.add_argument("--batch", type=int, default=8, help="sequences of a step, of all devices")
@@ -26,6 +29,8 @@ parser.add_argument("--blocks", type=int, default=2)
 parser.add_argument("--heads", type=int, default=4, help="of 64 features each")
 parser.add_argument("--dtype", default="float32", help="dtype policy, as mixed_bfloat16")
 arguments = parser.parse_args()
+if (arguments.backend, arguments.split) == ("tensorflow", "sequence"):
+    parser.error("--split sequence needs --backend jax or torch")
 os.environ["KERAS_BACKEND"] = arguments.backend
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -35,6 +40,7 @@ import numpy as np  # noqa: E402
 import keras_hla  # noqa: E402
 
 VOCABULARY = 256
+RATE = 0.1
 
 
 def make_model():
@@ -76,7 +82,7 @@ def measure(step):
 def measure_keras():
     """By Keras' own training step, in the scope of what distributes it."""
     model = make_model()
-    model.compile(keras.optimizers.SGD(0.1), make_loss())
+    model.compile(keras.optimizers.SGD(RATE), make_loss())
 
     def step(tokens, targets):
         return float(model.train_on_batch(tokens, targets, return_dict=True)["loss"])
@@ -94,9 +100,44 @@ def run_jax():
 
     jax.config.update("jax_num_cpu_devices", arguments.devices)
     devices = keras.distribution.list_devices()
+    if arguments.split == "sequence":
+        return len(devices), *(measure_parts(jax.devices()[:n]) for n in (1, len(devices)))
     alone = measure_keras()
     with keras.distribution.DataParallel(devices=devices).scope():
         return len(devices), alone, measure_keras()
+
+
+def measure_parts(devices):
+    """Under JAX, where each device holds a part of each sequence."""
+    import jax
+    from jax.sharding import Mesh, PartitionSpec
+
+    model, loss_of = make_model(), make_loss()
+    keras_hla.distribution.split_sequence(model, "sequence")
+    part, same = PartitionSpec(None, "sequence"), PartitionSpec()
+    logits = jax.shard_map(
+        lambda weights, tokens: model.stateless_call(weights, [], tokens)[0],
+        mesh=Mesh(np.array(devices), ("sequence",)),
+        in_specs=(same, part),
+        out_specs=part,
+    )
+
+    @jax.jit
+    def update(weights, tokens, targets):
+        def loss(weights):
+            return loss_of(targets, logits(weights, tokens))
+
+        value, gradients = jax.value_and_grad(loss)(weights)
+        return value, [w - RATE * g for w, g in zip(weights, gradients, strict=True)]
+
+    weights = [w.value for w in model.trainable_variables]
+
+    def step(tokens, targets):
+        nonlocal weights
+        value, weights = update(weights, tokens, targets)
+        return float(value)
+
+    return measure(step)
 
 
 def run_tensorflow():
@@ -140,12 +181,17 @@ def torch_process(rank, count, path, on_gpus):
         model = make_model()
         # The layers compute on the device of the process.
         module = torch.nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        loss_of, rows = make_loss(), arguments.batch // count
-        own = slice(rank * rows, (rank + 1) * rows)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        loss_of = make_loss()
+        if arguments.split == "sequence":
+            keras_hla.distribution.split_sequence(model, torch.distributed.group.WORLD)
+
+        def own(x):
+            axis = ("batch", "sequence").index(arguments.split)
+            return torch.tensor(np.split(x, count, axis)[rank], device=name)
 
         def step(tokens, targets):
-            tokens, targets = (torch.tensor(x[own], device=name) for x in (tokens, targets))
+            tokens, targets = own(tokens), own(targets)
             loss = loss_of(targets, module(tokens))
             optimizer.zero_grad()
             loss.backward()
