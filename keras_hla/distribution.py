@@ -3,6 +3,7 @@
 import keras
 
 from keras_hla.layers import HLA, HLACell
+from keras_hla.layers.hla_checks import check_split
 
 
 def split_sequence(model, context_parallel):
@@ -65,7 +66,7 @@ def split_sequence(model, context_parallel):
     """
     layers = _layers_of(model)
     for layer in layers:  # all, before any is changed
-        layer.check_context_parallel(context_parallel)
+        check_split(layer, context_parallel)
     for layer in layers:
         layer.context_parallel = context_parallel
 

@@ -6,33 +6,24 @@ import keras
 from keras import ops
 
 from keras_hla import kernels, stages
-from keras_hla.backend.devices import check_context_parallel, devices_of
+from keras_hla.backend.devices import devices_of
 from keras_hla.backend.loops import recomputed
 from keras_hla.backend.tensors import is_known
-from keras_hla.checks import (
-    as_tensor,
-    check_choice,
-    check_features,
-    check_mask,
-    check_noncausal,
-    check_positive_int,
-    check_rank,
-    check_segment_ids,
-    check_segments_allowed,
-    check_states,
-)
+from keras_hla.checks import check_choice, check_features, check_positive_int
 from keras_hla.evaluate import evaluate
 from keras_hla.inputs import arrange
 from keras_hla.layers import fused as fused_layers
 from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.hla_cell import HLACell
+from keras_hla.layers.hla_checks import check_call, check_settings, check_split
+from keras_hla.layers.masked_outputs import at_masked, outputs_around
 from keras_hla.layers.own_parameters import check_own_parameters
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 from keras_hla.layers.rematerialization import scan_rematerialized
 from keras_hla.layers.sequence_part import SequencePart
 from keras_hla.layers.state_scope import current_state_scope
-from keras_hla.masking import fill_forward, segment_starts
+from keras_hla.masking import segment_starts
 
 # The defaults of what needs an order of the tokens, where there is none.
 _WITHOUT_ORDER = {"decay": None, "conv_kernel_size": None}
@@ -180,8 +171,7 @@ class HLA(CompositeLayer):
         self._context_parallel = None
         self.__dict__["states"] = []  # the variables of a stateful layer
         self.supports_masking = True
-        if not causal:
-            self._check_noncausal()
+        check_settings(self)
 
     def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
         check_features("sequences", sequences_shape, "(batch, length, features)")
@@ -223,18 +213,8 @@ class HLA(CompositeLayer):
 
     @context_parallel.setter
     def context_parallel(self, context_parallel):
-        self.check_context_parallel(context_parallel)
+        check_split(self, context_parallel)
         self._context_parallel = context_parallel
-
-    def check_context_parallel(self, context_parallel):
-        """Raises a `ValueError` if the layer cannot take parts of a sequence on such devices."""
-        check_context_parallel(context_parallel)
-        for name, needed in (("causal", True), ("go_backwards", False)):
-            if context_parallel is not None and getattr(self, name) != needed:
-                raise ValueError(
-                    "A sequence that is split over devices is read in order: layer "
-                    f"'{self.name}' must have {name}={needed}. Received: {name}={not needed}"
-                )
 
     def get_initial_state(self, batch_size):
         """Returns the list of states before the first token."""
@@ -255,7 +235,7 @@ class HLA(CompositeLayer):
             initial_state, mask, before = scope.enter(
                 self, sequences, initial_state, mask, segment_ids
             )
-        mask, segment_ids = self._check(sequences, initial_state, mask, segment_ids)
+        mask, segment_ids = check_call(self, sequences, initial_state, mask, segment_ids)
         mask = None if mask is None else ops.cast(mask, "bool")
         devices = devices_of(self.context_parallel)
         if self.go_backwards:
@@ -272,10 +252,11 @@ class HLA(CompositeLayer):
         output, states = self._in_parts(states, sequences, mask, starts, kept and self.causal, part)
         warn_of_redrawn_dropout(self, self.cell, training)
         output, last = self.cell.drop(output, training), None
-        if part is not None:
-            before, last = self._around(part, output, mask)
+        filled = mask is not None and not self.zero_output_for_mask
+        if part is not None and (filled or not self.return_sequences):
+            before, last = outputs_around(part, output, mask)
         if mask is not None:
-            output, last = self._at_masked(output, mask, before, last)
+            output, last = at_masked(output, mask, before, last, filled, self.return_sequences)
         if scope is not None:
             scope.leave(states, last)
         elif self.stateful:
@@ -285,35 +266,6 @@ class HLA(CompositeLayer):
             # Of one token, or of none.
             output = ops.sum(output[:, -1:], axis=1) if last is None else last
         return (output, *states) if self.return_state else output
-
-    def _around(self, part, output, mask):
-        """The outputs of the last unmasked tokens before the part and of all, as far as needed."""
-        if self.return_sequences and (mask is None or self.zero_output_for_mask):
-            return None, None
-        around = part.last_tokens(stages.last_window(output, 2, mask=mask))
-        return [x[:, 0] for x in around]
-
-    def _at_masked(self, output, mask, before, last=None):
-        """The outputs, with zero or the output before where `mask` is false; and the last of these.
-
-        The last is `None` where zeros are all that masked tokens have, and none is asked for.
-
-        Args:
-            output: tensor of shape `(batch, length, features)`.
-            mask: boolean tensor of shape `(batch, length)`.
-            before: the output before the first, `(batch, features)`. `None` is zero.
-            last: the last one, where it is known.
-        """
-        zeros = ops.where(mask[..., None], output, 0) if self.zero_output_for_mask else None
-        if zeros is not None and self.return_sequences:
-            return zeros, None
-        batch, features = ops.shape(output)[0], output.shape[-1]
-        if before is None:
-            before = ops.zeros((batch, features), output.dtype)
-        entries = ops.concatenate([ops.cast(before, output.dtype)[:, None], output], axis=1)
-        some = ops.concatenate([ops.ones((batch, 1), "bool"), mask], axis=1)
-        filled, _ = fill_forward(entries, some)
-        return filled[:, 1:] if zeros is None else zeros, filled[:, -1] if last is None else last
 
     def _in_parts(self, states, sequences, mask, starts, return_state, part=None):
         """The outputs, before dropout, and the tuple of states, if they are wanted."""
@@ -405,56 +357,9 @@ class HLA(CompositeLayer):
             return "the sequence is longer than `remat_length`"
         return fused_layers.why_not_fused(self.cell, [*self.cell.denses(), *others])
 
-    def _check_noncausal(self):
-        cell = self.cell
-        for name, value in (
-            ("decay", cell.decay),
-            ("conv_kernel_size", cell.conv_kernel_size),
-            ("chunk_size", self.chunk_size),
-        ):
-            if value is not None:
-                raise ValueError(
-                    f"With `causal=False` tokens have no order: `{name}` must be None. "
-                    f"Received: {name}={value!r}"
-                )
-        for name in ("return_state", "go_backwards", "stateful"):
-            if getattr(self, name):
-                raise ValueError(
-                    "With `causal=False` there is no state and no direction: "
-                    f"`{name}` must be False. Received: {name}={getattr(self, name)!r}"
-                )
-        check_noncausal(cell.operator, cell.decay, cell.masked)
-
-    def _check(self, sequences, initial_state, mask, segment_ids):
-        """Returns the mask and the segments, of which lists have become tensors."""
-        check_rank(3, "(batch, length, features)", sequences=sequences)
-        batch, length, _ = sequences.shape
-        mask = as_tensor("mask", mask, optional=True)
-        segment_ids = as_tensor("segment_ids", segment_ids, optional=True)
-        if mask is not None:
-            check_mask(mask, batch, length)
-        if segment_ids is not None:
-            check_segment_ids(segment_ids, batch, length)
-            check_segments_allowed(self.cell.operator, self.causal)
-        if not self.causal and initial_state is not None:
-            raise ValueError(
-                "With `causal=False` there is no state: `initial_state` must be None. "
-                f"Received: initial_state={initial_state}"
-            )
-        if initial_state is not None:
-            cell = self.cell
-            check_states("initial_state", initial_state, batch, cell.state_size, cell.state_names)
-        fixed = self.stateful and current_state_scope() is None
-        if fixed and batch not in (None, self.states[0].shape[0]):
-            raise ValueError(
-                f"The batch size of a stateful layer is fixed to {self.states[0].shape[0]}. "
-                f"Received: sequences.shape={tuple(sequences.shape)}"
-            )
-        return mask, segment_ids
-
     def starts_of(self, sequences, segment_ids):
         """Where the segments of a call without a mask start, once that is checked, or `None`."""
-        _, segment_ids = self._check(sequences, None, None, segment_ids)
+        _, segment_ids = check_call(self, sequences, None, None, segment_ids)
         return _starts(segment_ids, None)
 
     def _starting_states(self, initial_state):
@@ -483,7 +388,7 @@ class HLA(CompositeLayer):
     def compute_output_spec(
         self, sequences, initial_state=None, mask=None, segment_ids=None, training=None
     ):
-        self._check(sequences, initial_state, mask, segment_ids)
+        check_call(self, sequences, initial_state, mask, segment_ids)
         shapes = self.compute_output_shape(sequences.shape)
         if not self.return_state:
             return keras.KerasTensor(shapes, self.compute_dtype)
