@@ -134,3 +134,17 @@ def test_no_token_to_draw_is_an_error(constant):
         for options in ({"temperature": 0}, {"top_k": 3}, {}):
             with pytest.raises(ValueError, match="NaN, or are all minus infinity"):
                 generate(constant, [1], 4, **options)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_logits_of_float64(top_k):
+    uniform, logits = np.linspace(0, 0.99, 20), np.tile(LOGITS["usual"], (20, 1))
+    tokens = [
+        sample(
+            keras.ops.convert_to_tensor(logits, dtype),
+            *(keras.ops.convert_to_tensor(x, "float32") for x in (uniform, inverse(0.7), 0.9)),
+            top_k,
+        )
+        for dtype in ("float32", "float64")
+    ]
+    np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, tokens))

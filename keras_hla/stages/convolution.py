@@ -6,7 +6,7 @@ y_t = activation(Σ_i w_i ⊙ x_{t-n+1+i}),   i = 0 … n-1,   n the size of the
 import keras
 from keras import ops
 
-from keras_hla.backend.tensors import is_known, is_single_token, pad_axis
+from keras_hla.backend.tensors import count_up, is_known, is_single_token, pad_axis
 from keras_hla.masking import compact, count_tokens, last_count, take
 
 
@@ -104,4 +104,4 @@ def _end(row, size, mask):
     """The last `size - 1` entries that are unmasked."""
     if mask is None:
         return row[:, 1 - size :]
-    return take(row, last_count(count_tokens(mask)) + ops.arange(size - 1))
+    return take(row, last_count(count_tokens(mask)) + count_up(size - 1))

@@ -24,7 +24,7 @@ def sample(logits, uniform, inverse, top_p, top_k):
     Logits of +∞ share the whole probability, whatever the others are.
 
     Args:
-        logits: tensor of shape `(batch, vocabulary)`.
+        logits: tensor of shape `(batch, vocabulary)`, float32 or float64, as is computed in.
         uniform: tensor of shape `(batch,)`, in [0, 1).
         inverse: tensor of shape `(2,)`, that of the temperature.
         top_p: scalar tensor in (0, 1]: only the likeliest tokens that together reach it.
@@ -34,6 +34,7 @@ def sample(logits, uniform, inverse, top_p, top_k):
     Returns:
         int32 tensor of shape `(batch,)`: -1 where a logit is NaN or all of them are -∞.
     """
+    uniform, inverse, top_p = (ops.cast(x, logits.dtype) for x in (uniform, inverse, top_p))
     largest = ops.max(logits, axis=-1, keepdims=True)
     none = ops.any(ops.isnan(logits), axis=-1) | (largest[:, 0] == -np.inf)
     if top_k == 1:
