@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import re
 import time
 
 import keras
@@ -229,6 +230,13 @@ def test_steps_compiled_anew_are_refused(monkeypatch):
 
 
 @torch_alone
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow splits no sequence over devices")
+def test_one_sequence_on_several_devices():
+    options = ["--length", "64", "--heads", "2", "--dim", "8", "--dtype", "float32"]
+    output = run_python("-m", "benchmarks.one_sequence", "--backend", BACKEND, *options)
+    assert re.findall(r"(\d) devices .* tokens/s", output) == ["1", "2"]
+
+
 def test_long_sequence():
     options = ("--length", 512, "--remat-lengths", 128, "--backend", BACKEND)
     assert "MB in all" in run_python("-m", "benchmarks.long_sequence", *options)

@@ -1,0 +1,83 @@
+"""One sequence on several devices beside one device: time, memory, and whether they agree.
+
+    python -m benchmarks.one_sequence --backend jax
+
+The operator, with decays, forward and backward, on 1, 2, ... devices of one host: all GPUs, or
+virtual CPU devices where there are none. Each has an equal part of the sequence. Results and
+gradients of several devices are held to those of one.
+"""
+
+import os
+import sys
+import time
+
+from benchmarks.arguments import names, parser
+
+REPEATS = 7
+
+
+def parse(argv=None):
+    command = parser("benchmarks.one_sequence", __doc__)
+    add = command.add_argument
+    add("--backend", choices=("jax", "torch"), default="jax")
+    add("--devices", type=names, default=["1", "2"], help="numbers of devices (default: 1,2)")
+    add("--length", type=int, default=1 << 20, help="tokens in all (default: 1048576)")
+    add("--heads", type=int, default=16)
+    add("--dim", type=int, default=64)
+    add("--operator", default="hla2")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add("--implementation", choices=("auto", "portable", "triton"), default="auto")
+    arguments = command.parse_args(argv)
+    arguments.devices = [int(x) for x in arguments.devices]
+    for count in arguments.devices:
+        if count < 1 or arguments.length % count:
+            command.error(f"--length must be a multiple of each of --devices, not of {count} only")
+    return arguments
+
+
+def report(arguments, rows):
+    """Prints rows: how many devices, of what kind, seconds, bytes, differences from one device."""
+    first = None
+    for count, kind, seconds, memory, differences in rows:
+        first = first or seconds
+        shown = "" if memory is None else f"  {memory / 1e6:8,.0f} MB each"
+        worst = max(differences)
+        print(
+            f"{arguments.backend}, {count} devices ({kind}): {1e3 * seconds:9.2f} ms "
+            f" {arguments.length / seconds:12,.0f} tokens/s  {first / seconds:5.2f} times{shown}"
+            f"  largest difference {worst:.1e}",
+            flush=True,
+        )
+        limit = 1e-5 if arguments.dtype == "float32" else 1e-2
+        assert worst < limit, f"{count} devices differ from one: {differences}"
+
+
+def relative(x, y):
+    """RMS of the difference over RMS of `y`."""
+    return float((((x - y) ** 2).mean() / (y**2).mean()) ** 0.5)
+
+
+def median_time(step, wait):
+    """Seconds of a step, each from when all is done before to when it is."""
+    seconds = []
+    for _ in range(REPEATS):
+        wait()
+        begin = time.perf_counter()
+        step()
+        wait()
+        seconds.append(time.perf_counter() - begin)
+    return sorted(seconds)[REPEATS // 2]
+
+
+def main(argv=None):
+    arguments = parse(argv)
+    os.environ["KERAS_BACKEND"] = arguments.backend
+    if arguments.backend == "jax":
+        from benchmarks.one_sequence_jax import run
+    else:
+        from benchmarks.one_sequence_torch import run
+    report(arguments, run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""One sequence on several devices, under JAX: see `one_sequence.py`."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+import numpy as np
+
+from benchmarks.one_sequence import median_time, relative
+from keras_hla.ops import higher_order_attention
+
+
+def run(arguments):
+    """Yields the rows of `one_sequence.report`."""
+    jax.config.update("jax_num_cpu_devices", max(arguments.devices))
+    devices, most = jax.devices(), max(arguments.devices)
+    if len(devices) < most:
+        raise ValueError(f"There must be {most} devices of a kind. Received: {devices}")
+    tensors, expected = draw(arguments), None
+    for count in arguments.devices:
+        mesh, part = Mesh(np.array(devices[:count]), ("parts",)), jax.P(None, "parts")
+        placed = [jax.device_put(x, NamedSharding(mesh, part)) for x in tensors]
+        program = jax.jit(step(arguments, mesh, part)).lower(*placed).compile()
+        found = [np.asarray(x.astype("float32")) for x in program(*placed)]
+        expected = expected or found
+        differences = [relative(x, y) for x, y in zip(found, expected, strict=True)]
+
+        def evaluate(program=program, placed=placed):
+            jax.block_until_ready(program(*placed))
+
+        seconds = median_time(evaluate, lambda: None)
+        memory = getattr(program.memory_analysis(), "temp_size_in_bytes", None)
+        yield count, devices[0].device_kind, seconds, memory, differences
+
+
+def draw(arguments):
+    """Query, key, value, log-decay, and what the output is weighted by."""
+    shape = 1, arguments.length, arguments.heads, arguments.dim
+    *keys, last = jax.random.split(jax.random.key(0), 5)
+    query, key, value, weights = (jax.random.normal(x, shape, arguments.dtype) for x in keys)
+    log_decay = jnp.log(jax.random.uniform(last, shape[:3], minval=0.99, maxval=1.0))
+    scale = arguments.dim**-0.5
+    return query * scale, key * scale, value, log_decay, weights
+
+
+def step(arguments, mesh, part):
+    """The output and the gradients of the others."""
+
+    def attend(query, key, value, log_decay):
+        return higher_order_attention(
+            query,
+            key,
+            value,
+            log_decay=log_decay,
+            operator=arguments.operator,
+            implementation=arguments.implementation,
+            context_parallel="parts" if mesh.size > 1 else None,
+        )
+
+    attend = jax.shard_map(attend, mesh=mesh, in_specs=part, out_specs=part)
+
+    def evaluate(*tensors):
+        *inputs, weights = tensors
+        output, pull = jax.vjp(attend, *inputs)
+        return output, *pull(weights)
+
+    return evaluate

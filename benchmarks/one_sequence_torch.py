@@ -1,0 +1,85 @@
+"""One sequence on several devices, under PyTorch: see `one_sequence.py`."""
+
+from pathlib import Path
+import tempfile
+
+import numpy as np
+import torch
+from torch import distributed
+
+from benchmarks.one_sequence import median_time, relative
+
+
+def run(arguments):
+    """Yields the rows of `one_sequence.report`."""
+    for count in arguments.devices:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(_process, (count, folder, arguments), count)
+            yield torch.load(Path(folder) / "row")
+
+
+def _process(rank, count, folder, arguments):
+    on_gpus = torch.cuda.device_count() >= max(arguments.devices)
+    device = torch.device("cuda", rank) if on_gpus else torch.device("cpu")
+    if on_gpus:
+        torch.cuda.set_device(device)
+    engine = "nccl" if on_gpus else "gloo"
+    distributed.init_process_group(engine, f"file://{folder}/all", rank=rank, world_size=count)
+    tensors = [x.to(device) for x in draw(arguments)]
+    whole = [] if rank else [x.float() for x in step(arguments, tensors, None)]
+    tensors = [x.chunk(count, dim=1)[rank].clone() for x in tensors]
+    group = distributed.group.WORLD if count > 1 else None
+    differences = []
+    for i, own in enumerate(step(arguments, tensors, group)):
+        parts = [torch.empty_like(own) for _ in range(count)]
+        distributed.all_gather(parts, own.contiguous())
+        if rank == 0:
+            differences.append(relative(torch.cat(parts, dim=1).float(), whole[i]))
+    whole.clear()
+
+    def wait():
+        distributed.barrier()
+        if on_gpus:
+            torch.cuda.synchronize()
+
+    memory = None
+    if on_gpus:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    seconds = median_time(lambda: step(arguments, tensors, group), wait)
+    if on_gpus:
+        memory = torch.cuda.max_memory_allocated() - before
+    if rank == 0:
+        name = torch.cuda.get_device_name() if on_gpus else "cpu"
+        torch.save((count, name, seconds, memory, differences), Path(folder) / "row")
+    distributed.destroy_process_group()
+
+
+def draw(arguments):
+    """Query, key, value, log-decay, and what the output is weighted by."""
+    rng = np.random.default_rng(0)
+    shape = 1, arguments.length, arguments.heads, arguments.dim
+    dtype, scale = getattr(torch, arguments.dtype), arguments.dim**-0.5
+    query, key, value, weights = (
+        torch.from_numpy(rng.standard_normal(shape, dtype="float32")).to(dtype) for _ in range(4)
+    )
+    log_decay = torch.from_numpy(np.log(rng.uniform(0.99, 1, shape[:3])).astype("float32"))
+    return query * scale, key * scale, value, log_decay, weights
+
+
+def step(arguments, tensors, group):
+    """The output and the gradients of the others."""
+    from keras_hla.ops import higher_order_attention
+
+    *inputs, weights = tensors
+    query, key, value, log_decay = inputs = [x.detach().requires_grad_() for x in inputs]
+    output = higher_order_attention(
+        query,
+        key,
+        value,
+        log_decay=log_decay,
+        operator=arguments.operator,
+        implementation=arguments.implementation,
+        context_parallel=group,
+    )
+    return output.detach(), *torch.autograd.grad(output, inputs, weights)
