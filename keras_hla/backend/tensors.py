@@ -97,6 +97,14 @@ def first_entries(x, n, axis):
     return part
 
 
+def activate(activation, x):
+    """What an activation makes of `x`."""
+    if activation is keras.activations.silu and keras.config.backend() == "tensorflow":
+        # Its own keeps what was traced with it, weights included, for as long as the process lives.
+        return x * ops.sigmoid(x)
+    return activation(x)
+
+
 def count_up(size):
     """The integers from 0 to `size - 1`, which may be unknown at trace time."""
     if keras.config.backend() == "torch":  # where `keras.ops.arange` takes no symbol

@@ -6,7 +6,7 @@ y_t = activation(Σ_i w_i ⊙ x_{t-n+1+i}),   i = 0 … n-1,   n the size of the
 import keras
 from keras import ops
 
-from keras_hla.backend.tensors import count_up, is_known, is_single_token, pad_axis
+from keras_hla.backend.tensors import activate, count_up, is_known, is_single_token, pad_axis
 from keras_hla.masking import compact, count_tokens, last_count, take
 
 
@@ -64,7 +64,7 @@ def _portable(x, kernel, activation, window, segments):
 
 
 def _activate(output, activation, dtype):
-    return ops.cast(output if activation is None else activation(output), dtype)
+    return ops.cast(output if activation is None else activate(activation, output), dtype)
 
 
 def _fused(x, kernel, activation, window, segments):

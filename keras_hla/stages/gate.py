@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_hla.backend.tensors import activate
 from keras_hla.precision import state_dtype
 
 
@@ -21,4 +22,4 @@ def gate(x, gates, activation, fused=False):
         (output,) = GATE((), x=x, gates=gates)
         return output
     dtype = state_dtype(x.dtype)
-    return ops.cast(activation(ops.cast(gates, dtype)) * ops.cast(x, dtype), x.dtype)
+    return ops.cast(activate(activation, ops.cast(gates, dtype)) * ops.cast(x, dtype), x.dtype)
