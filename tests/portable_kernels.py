@@ -27,16 +27,25 @@ def triton_call(*arguments, kernel, grid, out_shape, **constants):
 
 def attend(query, key, value, log_decay, state, power):
     """The output of a pass and the state after it, `(batch, heads, value_dim, dim)`."""
-    total = power * jnp.cumsum(log_decay, axis=-1)
+    total, exp = sums_of(log_decay, power)
     between = total[..., :, None] - total[..., None, :]
     causal = jnp.tril(jnp.ones(between.shape[-2:], bool))
-    weights = jnp.where(causal, jnp.exp(jnp.where(causal, between, 0)), 0)
+    weights = jnp.where(causal, exp(jnp.where(causal, between, 0)), 0)
     scores = jnp.einsum("bthd,bshd->bhts", query, key) * weights
     output = jnp.einsum("bhts,bshe->bthe", scores, value)
-    output += jnp.einsum("bthd,bhed,bht->bthe", query, state, jnp.exp(total))
-    to_end = jnp.exp(total[..., -1:] - total)
+    output += jnp.einsum("bthd,bhed,bht->bthe", query, state, exp(total))
+    to_end = exp(total[..., -1:] - total)
     last = jnp.einsum("bshd,bshe,bhs->bhed", key, value, to_end)
-    return output, last + jnp.exp(total[..., -1])[..., None, None] * state
+    return output, last + exp(total[..., -1])[..., None, None] * state
+
+
+def sums_of(log_decay, power):
+    """Sums of log-decays, which may be large, in float64 where that is on; and a function of such.
+
+    It gives exponentials of float32.
+    """
+    total = power * jnp.cumsum(log_decay.astype(float), axis=-1)
+    return total, lambda x: jnp.exp(x).astype("float32")
 
 
 def operands(x, state):
@@ -107,11 +116,11 @@ def span_kernel(x):
         return [None] * len(x.shapes)
     key, value = x.key, x.key if x.SAME else x.value
     log_decay = decays_of(x, key.shape[0], key.shape[1])
-    total = x.POWER * jnp.cumsum(log_decay, axis=-1)
-    weights = jnp.exp(total if x.REVERSE else total[..., -1:] - total)
+    total, exp = sums_of(log_decay, x.POWER)
+    weights = exp(total if x.REVERSE else total[..., -1:] - total)
     key = jnp.repeat(key, x.heads // key.shape[2], axis=2)
     value = jnp.repeat(value, x.heads // value.shape[2], axis=2)
-    whole = jnp.exp(total[..., -1]) if x.DECAYS else None
+    whole = exp(total[..., -1]) if x.DECAYS else None
     return jnp.einsum("bshd,bshe,bhs->bhed", key, value, weights), whole
 
 

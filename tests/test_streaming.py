@@ -152,7 +152,8 @@ def test_masked_tokens_are_those_of_the_whole(make, rng):
             end = begin + length
             inputs = {"tokens": tokens[:, begin:end]}
             outputs = stream.predict_on_batch(inputs | states)
-            expected = model.predict_on_batch(tokens[:, :end])
+            # Of one length, for which the model is compiled once: masked tokens change nothing.
+            expected = model.predict_on_batch(tokens * (np.arange(24) < end))
             if make is not masked_last:
                 expected = expected[:, begin:end]
             np.testing.assert_allclose(outputs["logits"], expected, rtol=1e-4, atol=1e-5)
