@@ -65,16 +65,15 @@ np.savez(f"{folder}/answers.npz", **answers)
 def model():
     tokens = keras.Input((None,), dtype="int32", name="tokens")
     x = keras.layers.Embedding(20, 16)(tokens)
-    for operator in ("hla2", "hla3"):
-        x = layers.HLADecoderBlock(
-            4,
-            8,
-            num_key_value_heads=2,
-            operator=operator,
-            feature_map="elu",
-            qk_norm=True,
-            output_gate="silu",
-        )(x)
+    x = layers.HLADecoderBlock(
+        4,
+        8,
+        num_key_value_heads=2,
+        operator="hla3",
+        feature_map="elu",
+        qk_norm=True,
+        output_gate="silu",
+    )(x)
     return keras.Model(tokens, keras.layers.Dense(20, name="logits")(x))
 
 
