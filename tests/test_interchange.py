@@ -30,7 +30,8 @@ def model():
     tokens = keras.Input((None,), dtype="int32")
     h = keras.layers.Embedding(50, 16)(tokens)
     for operator, decay in (("hla2", None), ("ahla", "learned"), ("hla3", "input")):
-        layer = layers.HLA(4, 8, 6, num_key_value_heads=2, operator=operator, decay=decay)
+        options = {"num_key_value_heads": 2, "conv_kernel_size": None, "decay": decay}
+        layer = layers.HLA(4, 8, 6, operator=operator, **options)
         h = h + layer(keras.layers.RMSNormalization()(h))
     return keras.Model(tokens, keras.layers.Dense(50)(h))
 

@@ -133,7 +133,7 @@ def test_jit_compile(monkeypatch):
     steps = []
     for jit_compile in (False, True):
         keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.Input((20, 4)), layers.HLA(1, 4, rope_max_wavelength=None)])
+        model = keras.Sequential([keras.Input((20, 4)), layers.HLA(1, 4, **PLAIN)])
         before = model.get_weights()
         model.compile("sgd", "mse", jit_compile=jit_compile)
         loss = model.train_on_batch(x, x)
