@@ -35,6 +35,22 @@ def parse(argv=None):
     return arguments
 
 
+def attend(arguments, inputs, context_parallel):
+    """The output for query, key, value and log-decay, of the whole sequence or of a part."""
+    from keras_hla.ops import higher_order_attention  # when the backend is chosen
+
+    query, key, value, log_decay = inputs
+    return higher_order_attention(
+        query,
+        key,
+        value,
+        log_decay=log_decay,
+        operator=arguments.operator,
+        implementation=arguments.implementation,
+        context_parallel=context_parallel,
+    )
+
+
 def report(arguments, rows):
     """Prints rows: how many devices, of what kind, seconds, bytes, differences from one device."""
     first = None

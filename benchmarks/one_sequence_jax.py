@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
-from benchmarks.one_sequence import median_time, relative
-from keras_hla.ops import higher_order_attention
+from benchmarks.one_sequence import attend, median_time, relative
 
 
 def run(arguments):
@@ -45,22 +44,14 @@ def draw(arguments):
 def step(arguments, mesh, part):
     """The output and the gradients of the others."""
 
-    def attend(query, key, value, log_decay):
-        return higher_order_attention(
-            query,
-            key,
-            value,
-            log_decay=log_decay,
-            operator=arguments.operator,
-            implementation=arguments.implementation,
-            context_parallel="parts" if mesh.size > 1 else None,
-        )
+    def own(*inputs):
+        return attend(arguments, inputs, "parts" if mesh.size > 1 else None)
 
-    attend = jax.shard_map(attend, mesh=mesh, in_specs=part, out_specs=part)
+    of_parts = jax.shard_map(own, mesh=mesh, in_specs=part, out_specs=part)
 
     def evaluate(*tensors):
         *inputs, weights = tensors
-        output, pull = jax.vjp(attend, *inputs)
+        output, pull = jax.vjp(of_parts, *inputs)
         return output, *pull(weights)
 
     return evaluate

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from benchmarks.one_sequence import median_time, relative
+from benchmarks.one_sequence import attend, median_time, relative
 
 
 def run(arguments):
@@ -69,17 +69,7 @@ def draw(arguments):
 
 def step(arguments, tensors, group):
     """The output and the gradients of the others."""
-    from keras_hla.ops import higher_order_attention
-
     *inputs, weights = tensors
-    query, key, value, log_decay = inputs = [x.detach().requires_grad_() for x in inputs]
-    output = higher_order_attention(
-        query,
-        key,
-        value,
-        log_decay=log_decay,
-        operator=arguments.operator,
-        implementation=arguments.implementation,
-        context_parallel=group,
-    )
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    output = attend(arguments, inputs, group)
     return output.detach(), *torch.autograd.grad(output, inputs, weights)

@@ -60,7 +60,7 @@ def make_loss():
 
 
 def batches():
-    """Steps of tokens that count up from a random one, and those after them."""
+    """For each step sequences of increasing tokens, from random ones, and the tokens after them."""
     rng = np.random.default_rng(0)
     for _ in range(arguments.steps + 2):
         first = rng.integers(0, VOCABULARY, (arguments.batch, 1))

@@ -129,7 +129,7 @@ KERNELS = {
     for x in (forward_kernel, backward_kernel, decay_kernel, decay_gradient_kernel, span_kernel)
 }
 
-stand_in = ModuleType("jax_triton")
+stand_in = ModuleType("jax_triton")  # of which a type checker knows no attribute
 stand_in.triton_call = triton_call  # type: ignore[attr-defined]
 stand_in.__spec__ = importlib.machinery.ModuleSpec("jax_triton", None)
 sys.modules["jax_triton"] = stand_in

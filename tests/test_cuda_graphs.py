@@ -210,26 +210,23 @@ def test_gradients_twice(rng, replayed):
     assert len(replayed) == 3
 
 
-def test_weights_that_change_before_the_gradients(rng, replayed):
+def change(weight):
+    weight.assign(2 * weight)
+
+
+def move(weight):
+    weight.value.data = weight.value.data.clone()
+
+
+@pytest.mark.parametrize(("spoil", "message"), [(change, "in place"), (move, "moved")])
+def test_weights_that_are_others_before_the_gradients(rng, replayed, spoil, message):
     layer = make()
     warm_up(rng, layer)
     x = draw(rng)
     output = layer(x)
     assert len(replayed) == 2
-    layer.trainable_weights[0].assign(2 * layer.trainable_weights[0])
-    with pytest.raises(RuntimeError, match="in place"):
-        gradients(layer, x, output)
-
-
-def test_weights_that_move_before_the_gradients(rng, replayed):
-    layer = make()
-    warm_up(rng, layer)
-    x = draw(rng)
-    output = layer(x)
-    assert len(replayed) == 2
-    weight = layer.trainable_weights[0].value
-    weight.data = weight.data.clone()
-    with pytest.raises(RuntimeError, match="moved"):
+    spoil(layer.trainable_weights[0])
+    with pytest.raises(RuntimeError, match=message):
         gradients(layer, x, output)
 
 
