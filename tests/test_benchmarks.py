@@ -229,7 +229,6 @@ def test_steps_compiled_anew_are_refused(monkeypatch):
         layers._compile(None, ())
 
 
-@torch_alone
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow splits no sequence over devices")
 def test_one_sequence_on_several_devices():
     options = ["--length", "64", "--heads", "2", "--dim", "8", "--dtype", "float32"]
@@ -237,6 +236,7 @@ def test_one_sequence_on_several_devices():
     assert re.findall(r"(\d) devices .* tokens/s", output) == ["1", "2"]
 
 
+@torch_alone
 def test_long_sequence():
     options = ("--length", 512, "--remat-lengths", 128, "--backend", BACKEND)
     assert "MB in all" in run_python("-m", "benchmarks.long_sequence", *options)
