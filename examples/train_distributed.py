@@ -177,33 +177,39 @@ def torch_process(rank, count, path, on_gpus):
         torch.cuda.set_device(rank)
     engine = "nccl" if on_gpus else "gloo"
     torch.distributed.init_process_group(engine, f"file://{path}", rank=rank, world_size=count)
-    with keras.device(name):
-        model = make_model()
-        # The layers compute on the device of the process.
-        module = torch.nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-        loss_of = make_loss()
-        if arguments.split == "sequence":
-            keras_hla.distribution.split_sequence(model, torch.distributed.group.WORLD)
-
-        def own(x):
-            axis = ("batch", "sequence").index(arguments.split)
-            return torch.tensor(np.split(x, count, axis)[rank], device=name)
-
-        def step(tokens, targets):
-            tokens, targets = own(tokens), own(targets)
-            loss = loss_of(targets, module(tokens))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total = loss.detach().clone()
-            torch.distributed.all_reduce(total)
-            return total.item() / count
-
-        found = measure(step)
+    with keras.device(name):  # the layers compute on the device of the process
+        found = measure_process(rank, count, name)
     if rank == 0:
         torch.save(found, f"{path}.results")
     torch.distributed.destroy_process_group()
+
+
+def measure_process(rank, count, device):
+    """What a process measures. Its modules are freed before their process group is destroyed."""
+    import torch
+
+    model = make_model()
+    module = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    loss_of = make_loss()
+    if arguments.split == "sequence":
+        keras_hla.distribution.split_sequence(model, torch.distributed.group.WORLD)
+
+    def own(x):
+        axis = ("batch", "sequence").index(arguments.split)
+        return torch.tensor(np.split(x, count, axis)[rank], device=device)
+
+    def step(tokens, targets):
+        tokens, targets = own(tokens), own(targets)
+        loss = loss_of(targets, module(tokens))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        return total.item() / count
+
+    return measure(step)
 
 
 def main():

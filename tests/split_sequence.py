@@ -152,10 +152,10 @@ def exchanges_of_program(text):
 def run_torch(cases):
     import tempfile
 
-    import torch
+    import process_groups
 
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(torch_process, (cases, folder), DEVICES)
+        process_groups.spawn(torch_process, DEVICES, folder, cases, folder)
         found = [pickle.loads((Path(folder) / str(i)).read_bytes()) for i in range(DEVICES)]
     return [
         joined(case, of_ranks)
@@ -164,13 +164,9 @@ def run_torch(cases):
 
 
 def torch_process(rank, cases, folder):
-    import torch
     from torch.distributed.device_mesh import init_device_mesh
 
     warnings.simplefilter("error", FutureWarning)  # of names that PyTorch is going to drop
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=DEVICES)
     names = ("rows", "parts")
     meshes = {n: init_device_mesh("cpu", (DEVICES // n, n), mesh_dim_names=names) for n in (2, 4)}
     check_second_gradients(rank)
@@ -178,7 +174,6 @@ def torch_process(rank, cases, folder):
         check_compiled_and_recomputed(meshes[2].get_group("parts"))
     found = [torch_result(case, meshes[len(case["parts"])]) for case in cases]
     (Path(folder) / str(rank)).write_bytes(pickle.dumps(found))
-    torch.distributed.destroy_process_group()
 
 
 def check_second_gradients(rank):

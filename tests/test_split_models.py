@@ -1,5 +1,7 @@
 """What `keras_hla.distribution.split_sequence` sets and refuses."""
 
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -46,6 +48,30 @@ def test_all_layers_of_a_model_are_split_and_joined(axis):
     assert split_layers(keras.models.clone_model(model)) == [None, None]
     distribution.split_sequence(model, None)
     assert split_layers(model) == [None, None]
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="JAX has no process groups")
+def test_split_model_keeps_no_process_group_alive():
+    """Its threads may abort the interpreter at its exit."""
+    from torch import distributed as processes
+
+    model = make_model()
+    processes.init_process_group("gloo", store=processes.HashStore(), rank=0, world_size=1)
+    try:
+        distribution.split_sequence(model, processes.group.WORLD)
+        tokens = np.ones((1, 5), "int32")
+        whole = model(tokens).detach().numpy()
+        reference = weakref.ref(processes.group.WORLD)
+        assert split_layers(model) == [reference(), reference()]
+    finally:
+        processes.destroy_process_group()
+    assert reference() is None
+    with pytest.raises(
+        ValueError, match="process group over which this model is split has been destroyed"
+    ):
+        model(tokens)
+    distribution.split_sequence(model, None)
+    np.testing.assert_allclose(model(tokens).detach().numpy(), whole, atol=1e-6)
 
 
 @needs_engine

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import process_groups
 import pytest
 import torch
 from torch import distributed
@@ -26,13 +27,10 @@ PROCESSES = 2
 
 
 def run_torch(folder):
-    torch.multiprocessing.spawn(process, (folder,), PROCESSES)
+    process_groups.spawn(process, PROCESSES, folder, folder)
 
 
 def process(rank, folder):
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=PROCESSES)
     rows = slice(rank * BATCH // PROCESSES, (rank + 1) * BATCH // PROCESSES)
     for name, train in {
         "DistributedDataParallel": in_a_loop,
@@ -48,7 +46,6 @@ def process(rank, folder):
     check_fused(rank)
     if rank == 0:
         check_saving(folder, model, [])
-    distributed.destroy_process_group()
 
 
 def step(module, rows=slice(None)):

@@ -4,6 +4,8 @@ All take part in each exchange, forward and backward, in the same order. Gradien
 the sum of what all devices differentiate.
 """
 
+import weakref
+
 import keras
 from keras import ops
 
@@ -38,6 +40,30 @@ def check_context_parallel(context_parallel):
     """Refuses what means no devices, as far as that can be told outside of a call."""
     if keras.config.backend() != "jax" or not isinstance(context_parallel, str):
         devices_of(context_parallel)
+
+
+def reference_to(context_parallel):
+    """What a layer keeps of `context_parallel`, for `referred_to`.
+
+    Nothing of it keeps a process group alive: the threads of one that lives until the interpreter
+    exits may abort the process.
+    """
+    if context_parallel is None or isinstance(context_parallel, str):
+        return context_parallel
+    return weakref.ref(devices_of(context_parallel).group)
+
+
+def referred_to(reference):
+    """The name or the process group of which a layer has the reference."""
+    if not isinstance(reference, weakref.ref):
+        return reference
+    group = reference()
+    if group is None:
+        raise ValueError(
+            "The process group over which this model is split has been destroyed. Call "
+            "`keras_hla.distribution.split_sequence` with another one, or with None."
+        )
+    return group
 
 
 def restored(kept):
@@ -92,8 +118,7 @@ class TorchDevices:
     """Those of a group of processes."""
 
     def __init__(self, group, index):
-        self._group = group
-        self.kept = self
+        self.group = group
         self.index = index
         self._gathered: list | None = None  # by a function that is computed again
         self._to_read: list = []  # of what it gathered in its first call
@@ -111,13 +136,17 @@ class TorchDevices:
         index = torch.distributed.get_rank(group)
         return None if index < 0 else cls(group, index)
 
+    @property
+    def kept(self):  # no attribute: a cycle would keep the group until garbage is collected
+        return self
+
     def gather(self, x, axis):
         from keras_hla.backend.torch_collectives import AllGather, GatheredBefore
 
         if self._to_read:
             known = self._to_read.pop(0)
-            return GatheredBefore.apply(x, self._group, known).movedim(0, axis)
-        gathered = AllGather.apply(x, self._group)
+            return GatheredBefore.apply(x, self.group, known).movedim(0, axis)
+        gathered = AllGather.apply(x, self.group)
         if self._gathered is not None:
             self._gathered.append(gathered.detach())
         return gathered.movedim(0, axis)

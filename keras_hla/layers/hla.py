@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_hla import kernels, stages
-from keras_hla.backend.devices import devices_of
+from keras_hla.backend.devices import devices_of, reference_to, referred_to
 from keras_hla.backend.loops import recomputed
 from keras_hla.backend.tensors import is_known
 from keras_hla.checks import check_choice, check_features, check_positive_int
@@ -208,13 +208,16 @@ class HLA(CompositeLayer):
 
     @property
     def context_parallel(self):
-        """The devices over which the length is split: see `keras_hla.distribution`."""
-        return self._context_parallel
+        """The devices over which the length is split: see `keras_hla.distribution`.
+
+        Of a `DeviceMesh` it is the process group, which the layer does not keep alive.
+        """
+        return referred_to(self._context_parallel)
 
     @context_parallel.setter
     def context_parallel(self, context_parallel):
         check_split(self, context_parallel)
-        self._context_parallel = context_parallel
+        self._context_parallel = reference_to(context_parallel)
 
     def get_initial_state(self, batch_size):
         """Returns the list of states before the first token."""
