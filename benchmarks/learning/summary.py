@@ -25,11 +25,11 @@ class Panel(NamedTuple):
 PANELS = {
     "language": Panel(
         "bits",
-        "language: bits a byte",
+        "language: bits per byte",
         "bytes of context, trained at 512",
         {
             "hla2+rope+decay+conv": "hla2",
-            "linear+rope+decay+conv/hla2+rope+decay+conv": "linear and hla2 in turn",
+            "linear+rope+decay+conv/hla2+rope+decay+conv": "alternating",
             "linear+rope+decay+conv": "linear",
             "softmax+conv": "softmax attention",
         },
@@ -40,7 +40,7 @@ PANELS = {
         "tokens / pairs, trained up to 256 / 64",
         {
             "hla2+conv": "hla2",
-            "linear+conv/hla2+conv": "linear and hla2 in turn",
+            "linear+conv/hla2+conv": "alternating",
             "linear+conv": "linear",
             "delta": "gated delta rule",
             "softmax+conv": "softmax attention",
@@ -49,7 +49,7 @@ PANELS = {
     "series": Panel(
         "error",
         "ragged series: error",
-        "places, trained up to 96",
+        "positions, trained up to 96",
         {
             "hla2+rope+decay+conv": "hla2",
             "linear+decay+conv": "linear",
