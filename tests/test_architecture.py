@@ -41,7 +41,7 @@ MAY_IMPORT = {
     # Which implementation is taken, and the proof of kernels on a GPU that is not known.
     "kernels.small_cases": "evaluate inputs kernels.stages precision stages",
     "kernels.proof": "backend kernels.device kernels.small_cases operators stages",
-    "kernels": "backend checks operators kernels.cuda_graphs kernels.device kernels.passes  types"
+    "kernels": "backend checks operators kernels.cuda_graphs kernels.device kernels.passes "
     "kernels.proof types",
     # What users call.
     "layers": "backend checks evaluate inputs kernels kernels.fusion masking operators precision "
