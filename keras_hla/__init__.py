@@ -1,4 +1,18 @@
-"""Higher-order Linear Attention layers for Keras 3 (Zhang, Qin, Wang, Gu, arXiv:2510.27258)."""
+"""Higher-order Linear Attention layers for Keras 3 (Zhang, Qin, Wang, Gu, arXiv:2510.27258).
+
+These modules are public, by the names in their `__all__`; all others are private:
+
+- `layers`: `HLA`, its cell `HLACell`, and `HLADecoderBlock`.
+- `ops`: the operators as functions of tensors.
+- `operators`: the operators as classes, and `register` for custom ones.
+- `kernels`: which implementation runs, and why.
+- `streaming`: streaming models and generation.
+- `export`: files that need neither Keras nor this package.
+- `distribution`: context parallelism.
+- `hub`: language models for keras-hub, which it needs.
+- `torch_module`: layers for what replaces parameters in PyTorch, which it needs.
+- `types`: names of types, for annotations.
+"""
 
 from keras_hla import distribution, kernels, layers, operators, ops
 from keras_hla.export import export_litert, export_onnx, export_saved_model

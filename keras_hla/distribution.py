@@ -1,12 +1,16 @@
 """Models over several devices."""
 
+from typing import Any
+
 import keras
 
 from keras_hla.layers import HLA, HLACell
 from keras_hla.layers.hla_checks import check_split
 
+__all__ = ["split_sequence"]
 
-def split_sequence(model, context_parallel):
+
+def split_sequence(model: keras.Model, context_parallel: Any) -> None:
     """Has the layers of a model take what each device holds for a part of one sequence.
 
     Afterwards each device calls the model with its own contiguous part of the tokens, all of them

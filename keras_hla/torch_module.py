@@ -1,7 +1,11 @@
 """Keras layers for the parts of PyTorch that replace the parameters of modules."""
 
+from typing import Any
+
 import keras
 import torch
+
+__all__ = ["TorchModule"]
 
 
 class TorchModule(torch.nn.Module):
@@ -37,7 +41,7 @@ class TorchModule(torch.nn.Module):
     ```
     """
 
-    def __init__(self, layer):
+    def __init__(self, layer: keras.layers.Layer) -> None:
         super().__init__()
         if not layer.built:
             raise ValueError(
@@ -46,7 +50,7 @@ class TorchModule(torch.nn.Module):
         self._layer = (layer,)  # hidden, as PyTorch would find the parameters twice
         self.weights = torch.nn.ParameterList(x.value for x in layer.trainable_variables)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         (layer,) = self._layer
         mapping = [*zip(layer.trainable_variables, self.weights, strict=True)]
         with keras.StatelessScope(state_mapping=mapping) as scope:
@@ -57,7 +61,7 @@ class TorchModule(torch.nn.Module):
                 variable.assign(value)
         return outputs
 
-    def assign_to_layer(self):
+    def assign_to_layer(self) -> None:
         """Gives the variables of the layer the values of the parameters.
 
         All processes that share the parameters have to take part.

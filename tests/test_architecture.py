@@ -14,13 +14,14 @@ MAY_IMPORT = {
     # Tensors, and what holds everywhere.
     "backend": "",
     "checks": "",
+    "types": "",
     "precision": "",
     "masking": "backend",
     "grouping": "backend",
     # What an operator is: a chain of passes of the primitive.
     "scan": "backend",
     "distributed_scan": "scan",
-    "operators": "checks scan",
+    "operators": "checks scan types",
     # Kernels: how any are launched, those of the operators, those of the stages, and all of a layer
     # as one function.
     "kernels.launching": "backend",
@@ -41,16 +42,16 @@ MAY_IMPORT = {
     "kernels.small_cases": "evaluate inputs kernels.stages precision stages",
     "kernels.proof": "backend kernels.device kernels.small_cases operators stages",
     "kernels": "backend checks operators kernels.cuda_graphs kernels.device kernels.passes "
-    "kernels.proof",
+    "kernels.proof types",
     # What users call.
     "layers": "backend checks evaluate inputs kernels kernels.fusion masking operators precision "
-    "scan stages",
-    "distribution": "layers",
-    "torch_module": "",
-    "ops": "backend checks evaluate forms grouping inputs kernels operators",
-    "streaming": "backend checks layers",
-    "export": "backend checks streaming",
-    "hub": "checks layers streaming",
+    "scan stages types",
+    "distribution": "layers types",
+    "torch_module": "types",
+    "ops": "backend checks evaluate forms grouping inputs kernels operators types",
+    "streaming": "backend checks layers types",
+    "export": "backend checks streaming types",
+    "hub": "checks layers operators streaming types",
     "": "distribution kernels layers operators ops streaming export",  # `keras_hla` itself
 }
 

@@ -2,13 +2,18 @@
 
 from pathlib import Path
 
+import keras
+
 from keras_hla.backend.tensors import DEFAULT_CHUNK_SIZE
 from keras_hla.checks import check_positive_int
 from keras_hla.export.tensorflow_function import check_backend, tensorflow_function
 from keras_hla.streaming.check import check_streams
+from keras_hla.types import StrPath
 
 
-def export_litert(model, path, step=False, length=None):
+def export_litert(
+    model: keras.Model, path: StrPath, step: bool = False, length: int | None = None
+) -> None:
     """Writes a LiteRT file that answers whole sequences, or reads them piece by piece.
 
     It holds no operations but LiteRT's own, and one signature, `"serving_default"`.

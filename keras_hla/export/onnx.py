@@ -2,11 +2,16 @@
 
 from unittest import mock
 
+import keras
+
 from keras_hla.checks import check_positive_int
 from keras_hla.export.tensorflow_function import check_backend, tensorflow_function
+from keras_hla.types import StrPath
 
 
-def export_onnx(model, path, step=False, length=None):
+def export_onnx(
+    model: keras.Model, path: StrPath, step: bool = False, length: int | None = None
+) -> None:
     """Writes an ONNX file that answers whole sequences, or reads them piece by piece.
 
     To run it, neither Keras nor this package is needed. Inputs and outputs are

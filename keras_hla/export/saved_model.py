@@ -7,6 +7,7 @@ from keras_hla.backend.exporting import check_batch_sizes, export_options
 from keras_hla.export.session import Session
 from keras_hla.streaming.model_call import ModelCall
 from keras_hla.streaming.streaming_model import streaming_model
+from keras_hla.types import StrPath
 
 _FROM_TORCH = (
     "Keras writes no SavedModel of any length under torch. Save the model, "
@@ -15,7 +16,7 @@ _FROM_TORCH = (
 )
 
 
-def export_saved_model(model, path, stateful=False):
+def export_saved_model(model: keras.Model, path: StrPath, stateful: bool = False) -> None:
     """Writes a SavedModel that answers whole sequences and serves streams.
 
     To run it, neither Keras nor this package is needed. All inputs and outputs

@@ -1,5 +1,8 @@
 """The stack of blocks, without a head."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras_hub.models import Backbone
 
@@ -9,11 +12,13 @@ from keras_hla.layers import HLA, HLACell, HLADecoderBlock
 from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.quantized import layer_options, policy_with_quantized
 from keras_hla.layers.rms_normalization import RMSNormalization
+from keras_hla.operators import Operator
+from keras_hla.types import DType, Seed, State, Tensor
 
 # The operators of a model that is asked for none: see `docs/evidence.md`.
 _IN_TURN = ["linear", "hla2"]
 # Arguments of the blocks that generation leaves no choice of.
-_FIXED = {"return_state": True, "stateful": False, "causal": True}
+_FIXED: dict[str, Any] = {"return_state": True, "stateful": False, "causal": True}
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
@@ -71,22 +76,22 @@ class HLABackbone(Backbone):
 
     def __init__(
         self,
-        vocabulary_size,
-        num_layers,
-        num_heads,
-        hidden_dim,
-        intermediate_dim=None,
-        key_dim=None,
-        operator=None,
-        dropout=0.0,
-        norm_epsilon=1e-6,
-        tie_word_embeddings=True,
-        seed=None,
-        name=None,
-        trainable=True,
-        dtype=None,
-        **kwargs,
-    ):
+        vocabulary_size: int,
+        num_layers: int,
+        num_heads: int,
+        hidden_dim: int,
+        intermediate_dim: int | None = None,
+        key_dim: int | None = None,
+        operator: str | Operator | Sequence[str | Operator] | None = None,
+        dropout: float = 0.0,
+        norm_epsilon: float = 1e-6,
+        tie_word_embeddings: bool = True,
+        seed: Seed | None = None,
+        name: str | None = None,
+        trainable: bool = True,
+        dtype: DType | None = None,
+        **kwargs: Any,
+    ) -> None:
         kwargs, others = split_arguments(kwargs, HLADecoderBlock, HLA, HLACell)
         if others:
             raise ValueError(
@@ -109,7 +114,7 @@ class HLABackbone(Backbone):
             )
         if operator is None:
             operator = _IN_TURN[-num_layers:]
-        in_turn = list(operator) if isinstance(operator, (list, tuple)) else [operator]
+        in_turn: list = list(operator) if isinstance(operator, (list, tuple)) else [operator]
         if not 0 < len(in_turn) <= num_layers:
             raise ValueError(
                 "Argument `operator` must be an operator, or a list of at least one and at most "
@@ -163,8 +168,10 @@ class HLABackbone(Backbone):
 
     @staticmethod
     def get_layout_map(
-        device_mesh, model_parallel_dim_name="model", data_parallel_dim_name="batch"
-    ):
+        device_mesh: Any,
+        model_parallel_dim_name: str = "model",
+        data_parallel_dim_name: str = "batch",
+    ) -> Any:
         """Returns where the weights are on a mesh of devices, for JAX.
 
         Heads, the features within MLPs and the token ids are split over one axis of the mesh, the
@@ -194,11 +201,13 @@ class HLABackbone(Backbone):
         """
         return layout_map(device_mesh, model_parallel_dim_name, data_parallel_dim_name)
 
-    def get_initial_state(self, batch_size):
+    def get_initial_state(self, batch_size: int) -> list[Tensor]:
         """Returns the states before the first token: for each block its list."""
         return [block.get_initial_state(batch_size) for block in self.decoder_blocks]
 
-    def call_with_states(self, token_ids, states, padding_mask=None):
+    def call_with_states(
+        self, token_ids: Tensor, states: State, padding_mask: Tensor | None = None
+    ) -> Any:
         """Reads the next tokens of sequences whose beginning the states hold.
 
         Args:
@@ -218,7 +227,7 @@ class HLABackbone(Backbone):
             new_states.append(new_state)
         return self.norm(x), new_states
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         # The blocks differ in their names, in their seeds, which count up from the first, and in
         # their operators.
         block, *others = (x.get_config() for x in self.decoder_blocks[: self._period])

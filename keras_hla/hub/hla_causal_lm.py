@@ -1,5 +1,7 @@
 """The language model."""
 
+from typing import Any
+
 import keras
 from keras import ops
 from keras_hub.models import CausalLM
@@ -9,6 +11,7 @@ from keras_hla.hub.hla_backbone import HLABackbone
 from keras_hla.hub.hla_causal_lm_preprocessor import HLACausalLMPreprocessor
 from keras_hla.layers.state_scope import check_not_split
 from keras_hla.streaming.snapshot import Snapshot
+from keras_hla.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
@@ -54,14 +57,14 @@ class HLACausalLM(CausalLM):
     preprocessor_cls = HLACausalLMPreprocessor
     _snapshot = None  # of what `generate` has compiled
 
-    def __init__(self, backbone, preprocessor=None, **kwargs):
+    def __init__(self, backbone: Any, preprocessor: Any = None, **kwargs: Any) -> None:
         self.backbone = backbone
         self.preprocessor = preprocessor
         inputs = backbone.input
         outputs = backbone.token_embedding(backbone(inputs), reverse=True)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
 
-    def make_generate_function(self):
+    def make_generate_function(self) -> Any:
         """As that of keras-hub, but anew where layers have other variables, as after LoRA."""
         if self._snapshot is None or not self._snapshot.matches(self):
             self._snapshot = Snapshot(self, self._forget)
@@ -71,7 +74,7 @@ class HLACausalLM(CausalLM):
     def _forget(self):
         self.generate_function = None
 
-    def generate_step(self, inputs, stop_token_ids=None):
+    def generate_step(self, inputs: Tensor, stop_token_ids: Any = None) -> Any:
         """Continues a batch of prompts; `generate` compiles it.
 
         Args:
@@ -123,7 +126,13 @@ class HLACausalLM(CausalLM):
             "padding_mask": padding_mask,
         }
 
-    def score(self, token_ids, padding_mask=None, scoring_mode="logits", target_ids=None):
+    def score(
+        self,
+        token_ids: Tensor,
+        padding_mask: Tensor | None = None,
+        scoring_mode: str = "logits",
+        target_ids: Tensor | None = None,
+    ) -> Any:
         """Scores each token of a batch of texts.
 
         Args:

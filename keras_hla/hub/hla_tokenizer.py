@@ -1,5 +1,7 @@
 """The tokenizer that goes with the backbone."""
 
+from typing import Any
+
 import keras
 from keras_hub.tokenizers import BytePairTokenizer
 
@@ -39,7 +41,7 @@ class HLATokenizer(BytePairTokenizer):
 
     backbone_cls = HLABackbone
 
-    def __init__(self, vocabulary=None, merges=None, **kwargs):
+    def __init__(self, vocabulary: Any = None, merges: Any = None, **kwargs: Any) -> None:
         self._add_special_token("<|endoftext|>", "start_token")
         self._add_special_token("<|endoftext|>", "end_token")
         self.pad_token_id = 0  # Any id will do: padding is masked, and generation knows it apart.

@@ -1,6 +1,6 @@
 """What evaluates an operator: the portable path or the kernels, and why."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 
@@ -9,6 +9,8 @@ from keras_hla.backend.compiling import is_torch_compiling
 from keras_hla.checks import check_choice
 from keras_hla.kernels import device, proof
 from keras_hla.kernels.passes import passes_of
+from keras_hla.operators import Operator
+from keras_hla.types import Form, Implementation, Tensor
 
 IMPLEMENTATIONS = ("auto", "portable", "triton")
 _MEASURED = operators.HLA2(), operators.AHLA(), operators.HLA3(), operators.Linear()
@@ -24,19 +26,19 @@ class Choice(NamedTuple):
 
 
 def choose(
-    operator="hla2",
-    dtype="bfloat16",
-    key_dim=64,
-    value_dim=64,
-    implementation="auto",
-    decays=False,
-    tensor=None,
-    form="chunked",
-    causal=True,
-    normalize=False,
-    chunk_size=None,
-    context_parallel=None,
-):
+    operator: str | Operator = "hla2",
+    dtype: str = "bfloat16",
+    key_dim: int = 64,
+    value_dim: int = 64,
+    implementation: Implementation = "auto",
+    decays: bool = False,
+    tensor: Tensor | None = None,
+    form: Form = "chunked",
+    causal: bool = True,
+    normalize: bool = False,
+    chunk_size: int | None = None,
+    context_parallel: Any = None,
+) -> Choice:
     """Tells what evaluates `keras_hla.ops.higher_order_attention`, and why.
 
     On a CUDA GPU on which the kernels were not measured, `"auto"` first compiles and runs small

@@ -3,7 +3,7 @@
 _setting = {"enabled": True}
 
 
-def enable_cuda_graphs():
+def enable_cuda_graphs() -> None:
     """Lets layers be recorded as CUDA graphs under PyTorch, as they are by default.
 
     A layer whose stages are one function (see `why_not_fused` of `HLA`) takes longer to launch
@@ -16,7 +16,7 @@ def enable_cuda_graphs():
     _setting["enabled"] = True
 
 
-def disable_cuda_graphs():
+def disable_cuda_graphs() -> None:
     """Launches the kernels of layers one by one, and lets go of the graphs of each layer.
 
     Graphs are for gradients that are computed once for each call. Disable them where gradients
@@ -26,6 +26,6 @@ def disable_cuda_graphs():
     _setting["enabled"] = False
 
 
-def is_cuda_graphs_enabled():
+def is_cuda_graphs_enabled() -> bool:
     """Whether layers may be recorded as CUDA graphs."""
     return _setting["enabled"]

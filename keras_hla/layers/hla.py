@@ -1,6 +1,7 @@
 """The layer: its cell's loop, evaluated in parallel."""
 
 import functools
+from typing import Any, Unpack
 
 import keras
 from keras import ops
@@ -18,12 +19,14 @@ from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.hla_cell import HLACell
 from keras_hla.layers.hla_checks import check_call, check_settings, check_split
 from keras_hla.layers.masked_outputs import at_masked, outputs_around
+from keras_hla.layers.options import HLAOptions
 from keras_hla.layers.own_parameters import check_own_parameters
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 from keras_hla.layers.rematerialization import scan_rematerialized
 from keras_hla.layers.sequence_part import SequencePart
 from keras_hla.layers.state_scope import current_state_scope
 from keras_hla.masking import segment_starts
+from keras_hla.types import DType, Implementation, Shape, State, Tensor
 
 # The defaults of what needs an order of the tokens, where there is none.
 _WITHOUT_ORDER = {"decay": None, "conv_kernel_size": None}
@@ -126,26 +129,26 @@ class HLA(CompositeLayer):
 
     def __init__(
         self,
-        num_heads,
-        key_dim,
-        value_dim=None,
-        return_sequences=True,
-        return_state=False,
-        go_backwards=False,
-        stateful=False,
-        zero_output_for_mask=False,
-        causal=True,
-        chunk_size=None,
-        remat_length=8192,
-        implementation="auto",
-        name=None,
-        trainable=True,
-        dtype=None,
-        **kwargs,
-    ):
-        kwargs, others = split_arguments(kwargs, HLACell)
+        num_heads: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        return_sequences: bool = True,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        zero_output_for_mask: bool = False,
+        causal: bool = True,
+        chunk_size: int | None = None,
+        remat_length: int | None = 8192,
+        implementation: Implementation = "auto",
+        name: str | None = None,
+        trainable: bool = True,
+        dtype: DType | None = None,
+        **kwargs: Unpack[HLAOptions],
+    ) -> None:
+        arguments, others = split_arguments(kwargs, HLACell)
         if not causal:
-            kwargs = _WITHOUT_ORDER | kwargs
+            arguments = _WITHOUT_ORDER | arguments
         super().__init__(name=name, trainable=trainable, dtype=dtype, **others)
         check_positive_int("chunk_size", chunk_size, optional=True)
         check_positive_int("remat_length", remat_length, optional=True)
@@ -157,7 +160,7 @@ class HLA(CompositeLayer):
             name="cell",
             trainable=trainable,
             dtype=self.dtype_policy,
-            **kwargs,
+            **arguments,
         )
         self.return_sequences = return_sequences
         self.return_state = return_state
@@ -173,7 +176,12 @@ class HLA(CompositeLayer):
         self.supports_masking = True
         check_settings(self)
 
-    def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
+    def build(
+        self,
+        sequences_shape: Shape,
+        initial_state_shape: Shape | None = None,
+        segment_ids_shape: Shape | None = None,
+    ) -> None:
         check_features("sequences", sequences_shape, "(batch, length, features)")
         batch, features = sequences_shape[0], sequences_shape[-1]
         self.cell.build((batch, features))
@@ -197,17 +205,17 @@ class HLA(CompositeLayer):
             ]
 
     @property
-    def variables(self):
+    def variables(self) -> list[keras.Variable]:
         """The weights, the seeds of the dropout, and the states of a stateful layer."""
         return [*super().variables, *self.states]
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         # The layer has no weights but the cell's. Files of former versions hold the states here.
         if self._trainable_variables or self._non_trainable_variables:
             super().load_own_variables(store)
 
     @property
-    def context_parallel(self):
+    def context_parallel(self) -> Any:
         """The devices over which the length is split: see `keras_hla.distribution`.
 
         Of a `DeviceMesh` it is the process group, which the layer does not keep alive.
@@ -215,21 +223,28 @@ class HLA(CompositeLayer):
         return referred_to(self._context_parallel)
 
     @context_parallel.setter
-    def context_parallel(self, context_parallel):
+    def context_parallel(self, context_parallel: Any) -> None:
         check_split(self, context_parallel)
         self._context_parallel = reference_to(context_parallel)
 
-    def get_initial_state(self, batch_size):
+    def get_initial_state(self, batch_size: int) -> list[Tensor]:
         """Returns the list of states before the first token."""
         return self.cell.get_initial_state(batch_size)
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         """Sets the state of a `stateful` layer back to that before the first token."""
         if self.stateful and self.built:
             for state in self.states:
                 state.assign(ops.zeros(state.shape, state.dtype))
 
-    def call(self, sequences, initial_state=None, mask=None, segment_ids=None, training=None):
+    def call(
+        self,
+        sequences: Tensor,
+        initial_state: State | None = None,
+        mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        training: bool | None = None,
+    ) -> Any:
         check_own_parameters(self)
         if mask is None:  # Keras fills it in only where `sequences` is the one tensor.
             mask = getattr(sequences, "_keras_mask", None)
@@ -309,7 +324,9 @@ class HLA(CompositeLayer):
         output = cell.finish(output, sequences, fused)
         return output, (*memory, *context.values()) if return_state else ()
 
-    def implementation_for(self, sequences=None, segmented=False):
+    def implementation_for(
+        self, sequences: Tensor | None = None, segmented: bool = False
+    ) -> kernels.Choice:
         """What evaluates the operator, and why, as `keras_hla.kernels.choose` tells.
 
         Args:
@@ -332,8 +349,13 @@ class HLA(CompositeLayer):
         )
 
     def why_not_fused(
-        self, sequences=None, initial_state=None, mask=None, segmented=False, others=()
-    ):
+        self,
+        sequences: Tensor | None = None,
+        initial_state: State | None = None,
+        mask: Tensor | None = None,
+        segmented: bool = False,
+        others: Any = (),
+    ) -> str | None:
         """Why the stages of the layer are not one function, in words, or `None` if they are.
 
         One function takes less of the host's time, under PyTorch on a GPU.
@@ -360,7 +382,7 @@ class HLA(CompositeLayer):
             return "the sequence is longer than `remat_length`"
         return fused_layers.why_not_fused(self.cell, [*self.cell.denses(), *others])
 
-    def starts_of(self, sequences, segment_ids):
+    def starts_of(self, sequences: Tensor, segment_ids: Tensor) -> Any:
         """Where the segments of a call without a mask start, once that is checked, or `None`."""
         _, segment_ids = check_call(self, sequences, None, None, segment_ids)
         return _starts(segment_ids, None)
@@ -372,15 +394,18 @@ class HLA(CompositeLayer):
         # Copies: the variables are overwritten while torch still needs their values.
         return [ops.copy(state) for state in self.states] or None
 
-    def compute_mask(self, sequences, previous_mask=None):
+    def compute_mask(self, sequences: Tensor, previous_mask: Tensor | None = None) -> Any:
         mask = previous_mask if self.return_sequences else None
         if mask is not None and self.go_backwards:  # in the order of the outputs
             mask = ops.flip(mask, axis=1)
         return [mask] + [None] * len(self.cell.state_size) if self.return_state else mask
 
     def compute_output_shape(
-        self, sequences_shape, initial_state_shape=None, segment_ids_shape=None
-    ):
+        self,
+        sequences_shape: Shape,
+        initial_state_shape: Shape | None = None,
+        segment_ids_shape: Shape | None = None,
+    ) -> Any:
         batch, length, features = sequences_shape
         (_, features), _ = self.cell.compute_output_shape((batch, features))
         output = (batch, length, features) if self.return_sequences else (batch, features)
@@ -389,8 +414,13 @@ class HLA(CompositeLayer):
         return (output, *((batch, *size) for size in self.cell.state_size))
 
     def compute_output_spec(
-        self, sequences, initial_state=None, mask=None, segment_ids=None, training=None
-    ):
+        self,
+        sequences: Tensor,
+        initial_state: State | None = None,
+        mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        training: bool | None = None,
+    ) -> Any:
         check_call(self, sequences, initial_state, mask, segment_ids)
         shapes = self.compute_output_shape(sequences.shape)
         if not self.return_state:
@@ -399,7 +429,7 @@ class HLA(CompositeLayer):
             keras.KerasTensor(shape, self.cell.state_dtype) for shape in shapes[1:]
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         cell = self.cell.get_config()
         del cell["name"], cell["trainable"], cell["dtype"]
         config = {

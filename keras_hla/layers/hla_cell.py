@@ -1,6 +1,7 @@
 """One step of the layer, and what the layer does before and after its operator."""
 
 import itertools
+from typing import Any
 
 import keras
 from keras import ops
@@ -17,6 +18,7 @@ from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 from keras_hla.masking import count_tokens
 from keras_hla.precision import exchanged_dtype
 from keras_hla.stages.rotary import join_position, rotation, split_position
+from keras_hla.types import Shape, State, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
@@ -115,11 +117,11 @@ class HLACell(HLAWeights, DropoutRNNCell):
     - [Higher-order Linear Attention](https://arxiv.org/abs/2510.27258)
     """
 
-    def get_initial_state(self, batch_size):
+    def get_initial_state(self, batch_size: int) -> list[Tensor]:
         """Returns the list of states before the first token: zeros."""
         return [ops.zeros((batch_size, *size), self.state_dtype) for size in self.state_size]
 
-    def call(self, inputs, states, training=None):
+    def call(self, inputs: Tensor, states: State, training: bool | None = None) -> Any:
         self._check_dtypes(states)
         memory, context = self.split_states(states)
         operands, context = self.project(inputs[:, None], context)
@@ -149,7 +151,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
                     f"Received: state {name} of dtype {dtype}, policy {self.dtype_policy.name}"
                 )
 
-    def split_states(self, states):
+    def split_states(self, states: State) -> Any:
         """The list of the operator's states, and a dictionary of the others."""
         memory = len(self.operator.state_names)
         context = zip(self.state_names[memory:], states[memory:], strict=True)
@@ -157,14 +159,14 @@ class HLACell(HLAWeights, DropoutRNNCell):
 
     def project(
         self,
-        sequences,
-        context,
-        mask=None,
-        starts=None,
-        return_context=True,
-        fused=False,
-        part=None,
-    ):
+        sequences: Tensor,
+        context: Any,
+        mask: Tensor | None = None,
+        starts: Tensor | None = None,
+        return_context: bool = True,
+        fused: bool = False,
+        part: Any = None,
+    ) -> Any:
         """What the operator takes.
 
         Args:
@@ -264,7 +266,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
             block = rest = ops.zeros((ops.shape(sequences)[0], 1), self.state_dtype)
         return angles, join_position(block, rest + total)
 
-    def finish(self, output, inputs, fused=False):
+    def finish(self, output: Tensor, inputs: Tensor, fused: bool = False) -> Any:
         """From the operator's outputs `(..., heads, dim)` to the layer's, `(..., features)`."""
         if self.output_norm:
             output = self.norm.normalize(output, fused)
@@ -274,26 +276,28 @@ class HLACell(HLAWeights, DropoutRNNCell):
             output = stages.gate(output, self.gate_dense(inputs), self.output_gate, fused)
         return self.output_dense(output)
 
-    def get_dropout_mask(self, step_input):
+    def get_dropout_mask(self, step_input: Tensor) -> Any:
         """Draws the factors of a sequence's outputs, for all steps; `RNN` calls it before them."""
         if self.dropout:
             ones = ops.ones((ops.shape(step_input)[0], self.output_size), self.compute_dtype)
             self._dropout_mask = self.dropout_layer(ones, training=True)
         return self._dropout_mask
 
-    def get_recurrent_dropout_mask(self, step_input):
+    def get_recurrent_dropout_mask(self, step_input: Tensor) -> Any:
         """Returns `None`: states are not dropped."""
         return None
 
-    def drop(self, output, training):
+    def drop(self, output: Tensor, training: bool | None) -> Any:
         """Dropout, in training. It is apart because no part of a loop may draw random numbers."""
         return self.dropout_layer(output, training=training) if self.dropout else output
 
-    def compute_output_shape(self, input_shape, states_shape=None):
+    def compute_output_shape(self, input_shape: Shape, states_shape: Shape | None = None) -> Any:
         states = [(input_shape[0], *size) for size in self.state_size]
         return (*input_shape[:-1], self._output_shape or input_shape[-1]), states
 
-    def compute_output_spec(self, inputs, states=None, training=None):
+    def compute_output_spec(
+        self, inputs: Tensor, states: State | None = None, training: bool | None = None
+    ) -> Any:
         output, states = self.compute_output_shape(inputs.shape)
         return keras.KerasTensor(output, self.compute_dtype), [
             keras.KerasTensor(shape, self.state_dtype) for shape in states

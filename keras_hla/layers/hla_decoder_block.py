@@ -1,6 +1,7 @@
 """The block that language models stack."""
 
 import functools
+from typing import Any, Unpack
 
 import keras
 from keras import ops
@@ -20,9 +21,11 @@ from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.hla import HLA
 from keras_hla.layers.hla_cell import HLACell
+from keras_hla.layers.options import BlockOptions
 from keras_hla.layers.own_parameters import check_own_parameters
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 from keras_hla.layers.rms_normalization import RMSNormalization
+from keras_hla.types import Activation, DType, Shape, State, Tensor
 
 # Arguments of the mixer that a residual leaves no choice of.
 _FIXED = ("return_sequences", "go_backwards", "output_shape")
@@ -83,26 +86,26 @@ class HLADecoderBlock(CompositeLayer):
 
     def __init__(
         self,
-        num_heads,
-        key_dim,
-        intermediate_dim=None,
-        activation="silu",
-        dropout=0.0,
-        norm_epsilon=1e-6,
-        use_bias=False,
-        name=None,
-        trainable=True,
-        dtype=None,
-        **kwargs,
-    ):
-        kwargs, others = split_arguments(kwargs, HLA, HLACell)
+        num_heads: int,
+        key_dim: int,
+        intermediate_dim: int | None = None,
+        activation: Activation = "silu",
+        dropout: float = 0.0,
+        norm_epsilon: float = 1e-6,
+        use_bias: bool = False,
+        name: str | None = None,
+        trainable: bool = True,
+        dtype: DType | None = None,
+        **kwargs: Unpack[BlockOptions],
+    ) -> None:
+        arguments, others = split_arguments(kwargs, HLA, HLACell)
         super().__init__(name=name, trainable=trainable, dtype=dtype, **others)
         for argument in _FIXED:
-            if argument in kwargs:
+            if argument in arguments:
                 raise ValueError(
                     f"A block takes no argument `{argument}`: its outputs are those of all tokens, "
                     "in order, with the features of the input. "
-                    f"Received: {argument}={kwargs[argument]!r}"
+                    f"Received: {argument}={arguments[argument]!r}"
                 )
         check_positive_int("intermediate_dim", intermediate_dim, optional=True)
         check_number("norm_epsilon", norm_epsilon, "a positive number", lambda x: x > 0)
@@ -114,16 +117,21 @@ class HLADecoderBlock(CompositeLayer):
             trainable=trainable,
             dtype=self.dtype_policy,
             name="mixer",
-            **kwargs,
+            **arguments,
         )
         self.intermediate_dim = intermediate_dim
         self.activation = get_activation("activation", activation)
         self.norm_epsilon = norm_epsilon
         self.supports_masking = True
 
-    def build(self, sequences_shape, initial_state_shape=None, segment_ids_shape=None):
+    def build(
+        self,
+        sequences_shape: Shape,
+        initial_state_shape: Shape | None = None,
+        segment_ids_shape: Shape | None = None,
+    ) -> None:
         check_features("sequences", sequences_shape, "(batch, length, features)")
-        features = sequences_shape[-1]
+        features: Any = sequences_shape[-1]
         size = self.mlp_size(features)
         cell = self.mixer.cell
         self.mixer_norm = self._norm("mixer_norm")
@@ -138,29 +146,36 @@ class HLADecoderBlock(CompositeLayer):
         self.up_dense.build(sequences_shape)
         self.down_dense.build((*sequences_shape[:-1], size))
 
-    def mlp_size(self, features):
+    def mlp_size(self, features: int) -> int:
         """The number of features between the projections of the MLP."""
         return self.intermediate_dim or -(-8 * features // (3 * _MLP_MULTIPLE)) * _MLP_MULTIPLE
 
     @property
-    def cell(self):
+    def cell(self) -> HLACell:
         """The cell of the mixer, which names the states and knows their sizes."""
         return self.mixer.cell
 
     @property
-    def states(self):
+    def states(self) -> list[keras.Variable]:
         """The variables of a stateful block."""
         return self.mixer.states
 
-    def get_initial_state(self, batch_size):
+    def get_initial_state(self, batch_size: int) -> list[Tensor]:
         """Returns the list of states before the first token."""
         return self.mixer.get_initial_state(batch_size)
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         """Sets the state of a `stateful` block back to that before the first token."""
         self.mixer.reset_state()
 
-    def call(self, sequences, initial_state=None, mask=None, segment_ids=None, training=None):
+    def call(
+        self,
+        sequences: Tensor,
+        initial_state: State | None = None,
+        mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        training: bool | None = None,
+    ) -> Any:
         check_own_parameters(self)
         check_rank(3, "(batch, length, features)", sequences=sequences)
         if mask is None:  # Keras fills it in only where `sequences` is the one tensor.
@@ -201,17 +216,25 @@ class HLADecoderBlock(CompositeLayer):
         others = self.gate_dense, self.up_dense, self.down_dense
         return self.mixer.why_not_fused(sequences, initial_state, mask, segmented, others)
 
-    def compute_mask(self, sequences, previous_mask=None):
+    def compute_mask(self, sequences: Tensor, previous_mask: Tensor | None = None) -> Any:
         return self.mixer.compute_mask(sequences, previous_mask)
 
     def compute_output_shape(
-        self, sequences_shape, initial_state_shape=None, segment_ids_shape=None
-    ):
+        self,
+        sequences_shape: Shape,
+        initial_state_shape: Shape | None = None,
+        segment_ids_shape: Shape | None = None,
+    ) -> Any:
         return self.mixer.compute_output_shape(sequences_shape)
 
     def compute_output_spec(
-        self, sequences, initial_state=None, mask=None, segment_ids=None, training=None
-    ):
+        self,
+        sequences: Tensor,
+        initial_state: State | None = None,
+        mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        training: bool | None = None,
+    ) -> Any:
         return self.mixer.compute_output_spec(sequences, initial_state, mask, segment_ids)
 
     def _norm(self, name):
@@ -222,7 +245,7 @@ class HLADecoderBlock(CompositeLayer):
             name=name,
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         mixer = self.mixer.get_config()
         for argument in _FIXED:
             del mixer[argument]

@@ -1,5 +1,8 @@
 """The arguments and the weights that a cell and its layer share."""
 
+from collections.abc import Sequence
+from typing import Any, Unpack
+
 import keras
 
 from keras_hla import operators
@@ -14,11 +17,14 @@ from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.decay import LogDecay, check_decay
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.float64 import make_dense
+from keras_hla.layers.options import NamedLayerOptions
 from keras_hla.layers.quantized import with_default
 from keras_hla.layers.rms_normalization import RMSNormalization
 from keras_hla.layers.short_convolution import ShortConvolution
+from keras_hla.operators import Operator
 from keras_hla.precision import state_dtype
 from keras_hla.stages.rotary import turns_of
+from keras_hla.types import Activation, Constraint, Initializer, Regularizer, Seed
 
 
 class HLAWeights(CompositeLayer):
@@ -26,36 +32,36 @@ class HLAWeights(CompositeLayer):
 
     def __init__(
         self,
-        num_heads,
-        key_dim,
-        value_dim=None,
-        num_key_value_heads=None,
-        operator="hla2",
-        decay="input",
-        rope_max_wavelength=10_000,
-        scale=None,
-        feature_map=None,
-        conv_kernel_size=4,
-        conv_activation="silu",
-        qk_norm=False,
-        masked=True,
-        normalize=False,
-        epsilon=1e-6,
-        ridge=0.0,
-        output_norm=True,
-        output_gate=None,
-        dropout=0.0,
-        output_shape=None,
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        seed=None,
-        **kwargs,
-    ):
+        num_heads: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        num_key_value_heads: int | None = None,
+        operator: str | Operator = "hla2",
+        decay: float | Sequence[float] | str | None = "input",
+        rope_max_wavelength: float | None = 10_000,
+        scale: float | None = None,
+        feature_map: Activation | None = None,
+        conv_kernel_size: int | None = 4,
+        conv_activation: Activation | None = "silu",
+        qk_norm: bool = False,
+        masked: bool = True,
+        normalize: bool = False,
+        epsilon: float = 1e-6,
+        ridge: float = 0.0,
+        output_norm: bool = True,
+        output_gate: Activation | None = None,
+        dropout: float = 0.0,
+        output_shape: int | None = None,
+        use_bias: bool = True,
+        kernel_initializer: Initializer = "glorot_uniform",
+        bias_initializer: Initializer = "zeros",
+        kernel_regularizer: Regularizer | None = None,
+        bias_regularizer: Regularizer | None = None,
+        kernel_constraint: Constraint | None = None,
+        bias_constraint: Constraint | None = None,
+        seed: Seed | None = None,
+        **kwargs: Unpack[NamedLayerOptions],
+    ) -> None:
         super().__init__(**kwargs)
         check_positive_int("num_heads", num_heads)
         check_positive_int("key_dim", key_dim)
@@ -114,7 +120,7 @@ class HLAWeights(CompositeLayer):
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         check_features("inputs", input_shape, "(batch, features)")
         self.query_dense = self.make_dense(self.num_heads * self.key_dim, "query")
         self.key_dense = self.make_dense(self.num_key_value_heads * self.key_dim, "key")
@@ -154,31 +160,35 @@ class HLAWeights(CompositeLayer):
             )
 
     @property
-    def state_dtype(self):
+    def state_dtype(self) -> Any:
         """The dtype of the states."""
         return state_dtype(self.compute_dtype)
 
     @property
-    def state_names(self):
+    def state_names(self) -> tuple[str, ...]:
         """The names of the states, in order: the operator's, `"window"`, and `"position"`."""
         conv = () if self.conv_kernel_size is None else ("window",)
         rope = () if self.rope_max_wavelength is None else ("position",)
         return self.operator.state_names + conv + rope
 
     @property
-    def state_size(self):
+    def state_size(self) -> Any:
         """The shapes of the states, in order, without the batch axis."""
         own_decays = self.decay is not None and not isinstance(self.decay, float)
         moments = self.num_heads if own_decays else self.num_key_value_heads
         value_dim = self.value_dim + self.normalize  # with a column for the denominator
-        sizes = [*self.operator.state_shapes(moments, self.num_heads, self.key_dim, value_dim)]
+        sizes: list[tuple[int, ...]] = [
+            *self.operator.state_shapes(moments, self.num_heads, self.key_dim, value_dim)
+        ]
         if self.conv_kernel_size is not None:
             sizes.append((self.conv_kernel_size - 1, sum(self.projected_sizes)))
         if self.rope_max_wavelength is not None:
             sizes.append((2,))
         return sizes
 
-    def denses(self):  # no property, as which Keras would save them in the place of the attributes
+    def denses(
+        self,
+    ) -> Any:  # no property, as which Keras would save them in the place of the attributes
         """Returns the list of all projections."""
         denses = [self.query_dense, self.key_dense, self.value_dense, self.output_dense]
         if self.output_gate is not None:
@@ -188,7 +198,7 @@ class HLAWeights(CompositeLayer):
         return denses
 
     @property
-    def projected_sizes(self):
+    def projected_sizes(self) -> Any:
         """The sizes of all heads' queries, keys and values."""
         key_value_heads = self.num_key_value_heads
         return (
@@ -202,7 +212,7 @@ class HLAWeights(CompositeLayer):
         norm.build((None, dim))
         return norm
 
-    def make_dense(self, units, name, owner=None):
+    def make_dense(self, units: int, name: str, owner: Any = None) -> Any:
         """A `Dense` layer with the bias, initializers, regularizers and constraints of this one.
 
         Args:
@@ -223,7 +233,7 @@ class HLAWeights(CompositeLayer):
             **(owner or self).options_of(name),
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = {
             "num_heads": self.num_heads,
             "key_dim": self.key_dim,

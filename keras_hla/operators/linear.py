@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from keras_hla.operators.operator import Operator, outer, read, scores
+from keras_hla.operators.operator import Operator, Scan, outer, read, scores
+from keras_hla.types import State, StateShapes, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,24 +12,28 @@ class Linear(Operator):
 
     state_names = ("H",)
 
-    def state_shapes(self, key_heads, query_heads, d, dv):
+    def state_shapes(self, key_heads: int, query_heads: int, d: int, dv: int) -> StateShapes:
         return ((key_heads, d, dv),)
 
-    def weights(self, query, key, decay):
+    def weights(self, query: Tensor, key: Tensor, decay: Tensor) -> Tensor:
         return decay * scores(query, key)
 
-    def step(self, state, query, key, value, decay):
+    def step(
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, decay: Tensor
+    ) -> tuple[Tensor, State]:
         (H,) = state
         H = decay * H + outer(key, value)
         return read(H, query), (H,)
 
-    def chain(self, scan, state, query, key, value):
+    def chain(
+        self, scan: Scan, state: State, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, State]:
         (H,) = state
         output, H = scan(query, key, value, H)
         return output, (H,)
 
-    def summarize(self, scan, query, key, value):
+    def summarize(self, scan: Scan, query: Tensor, key: Tensor, value: Tensor) -> State:
         return (scan.last_state(key, value),)
 
-    def combine(self, left, right, decay):
+    def combine(self, left: Tensor, right: Tensor, decay: Tensor) -> State:
         return (decay * left[0] + right[0],)

@@ -1,8 +1,31 @@
 """What an operator is: a few views of one computation, which the tests hold to each other."""
 
+from __future__ import annotations
+
 import abc
+from typing import Protocol
 
 from keras import ops
+
+from keras_hla.types import SegmentShapes, State, StateShapes, Tensor
+
+
+class Scan(Protocol):
+    """The primitive at the decays of a call, which a chain calls once for each pass."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: Tensor = None,
+        power: int = 1,
+        exclusive: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the outputs and the last state."""
+
+    def last_state(self, key: Tensor, value: Tensor, power: int = 1) -> Tensor:
+        """Returns the last state alone, from zero."""
 
 
 class Operator(abc.ABC):
@@ -24,24 +47,24 @@ class Operator(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def state_names(self):
+    def state_names(self) -> tuple[str, ...]:
         """Tuple of the names of the states, in the paper's letters and in order."""
 
     @property
-    def segment_names(self):
+    def segment_names(self) -> tuple[str, ...]:
         """Tuple of the names of what a segment holds besides the states."""
         return ()
 
     @abc.abstractmethod
-    def state_shapes(self, key_heads, query_heads, d, dv):
+    def state_shapes(self, key_heads: int, query_heads: int, d: int, dv: int) -> StateShapes:
         """The shapes `(heads, rows, columns)` of the states, in order."""
 
-    def segment_shapes(self, key_heads, query_heads, d, dv):
+    def segment_shapes(self, key_heads: int, query_heads: int, d: int, dv: int) -> SegmentShapes:
         """The shapes `(heads, rows, columns)` of what `segment_names` names, where known."""
         return ()
 
     @abc.abstractmethod
-    def weights(self, query, key, decay):
+    def weights(self, query: Tensor, key: Tensor, decay: Tensor) -> Tensor:
         """The definition: the weight of value `j` in output `t`.
 
         Args:
@@ -55,7 +78,9 @@ class Operator(abc.ABC):
         """
 
     @abc.abstractmethod
-    def step(self, state, query, key, value, decay):
+    def step(
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, decay: Tensor
+    ) -> tuple[Tensor, State]:
         """The recurrence: takes in one token.
 
         Args:
@@ -69,7 +94,9 @@ class Operator(abc.ABC):
         """
 
     @abc.abstractmethod
-    def chain(self, scan, state, query, key, value):
+    def chain(
+        self, scan: Scan, state: State, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, State]:
         """The parallel form: a chain of passes of the primitive.
 
         Args:
@@ -85,7 +112,7 @@ class Operator(abc.ABC):
             last states.
         """
 
-    def summarize(self, scan, query, key, value):
+    def summarize(self, scan: Scan, query: Tensor, key: Tensor, value: Tensor) -> State:
         """What a segment hands on: its last states, from zero, and what `segment_names` names.
 
         Arguments as those of `chain`; `scan.last_state(key, value, power)` gives
@@ -93,7 +120,7 @@ class Operator(abc.ABC):
         """
         raise ValueError(f"The segments of {type(self).__name__} do not compose.")
 
-    def combine(self, left, right, decay):
+    def combine(self, left: State, right: State, decay: Tensor) -> State:
         """The segment that is `left`, then `right`.
 
         Args:
@@ -102,11 +129,11 @@ class Operator(abc.ABC):
         """
         raise ValueError(f"The segments of {type(self).__name__} do not compose.")
 
-    def composes_with(self, other):
+    def composes_with(self, other: Operator) -> bool:
         """Whether segments of this operator and of another one compose."""
         return self == other
 
-    def with_options(self, masked, ridge):
+    def with_options(self, masked: bool, ridge: float) -> Operator:
         """This operator with options of the paper, where it has them: see `get`."""
         raise ValueError(
             f"Operator {type(self).__name__} knows neither `masked=False` nor a `ridge`. "
@@ -114,16 +141,16 @@ class Operator(abc.ABC):
         )
 
 
-def outer(row, column):
+def outer(row: Tensor, column: Tensor) -> Tensor:
     """`r cᵀ`, shape `(..., d, dv)`."""
     return row[..., :, None] * column[..., None, :]
 
 
-def read(matrix, vector):
+def read(matrix: Tensor, vector: Tensor) -> Tensor:
     """`xᵀ M`, shape `(..., dv)`."""
     return (vector[..., None, :] @ matrix)[..., 0, :]
 
 
-def scores(query, key):
+def scores(query: Tensor, key: Tensor) -> Tensor:
     """`Q Kᵀ`, shape `(..., n, n)`."""
     return query @ ops.swapaxes(key, -1, -2)

@@ -8,8 +8,9 @@ import dataclasses
 
 from keras_hla.operators.hla2 import HLA2
 from keras_hla.operators.hla3 import HLA3
-from keras_hla.operators.operator import Operator, outer, read, scores
+from keras_hla.operators.operator import Operator, Scan, outer, read, scores
 from keras_hla.scan import before
+from keras_hla.types import State, StateShapes, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,19 +25,21 @@ class HLA2Published(Operator):
     state_names = ("S", "C", "G")
     exclusive = True
 
-    def with_options(self, masked, ridge):
+    def with_options(self, masked: bool, ridge: float) -> Operator:
         ridge = ridge or self.ridge
         return HLA2Published(ridge) if masked else HLA2(ridge).with_options(masked, ridge)
 
-    def state_shapes(self, key_heads, query_heads, d, dv):
+    def state_shapes(self, key_heads: int, query_heads: int, d: int, dv: int) -> StateShapes:
         return (key_heads, d, d), (query_heads, d, dv), (query_heads, d, dv)
 
-    def weights(self, query, key, decay):
+    def weights(self, query: Tensor, key: Tensor, decay: Tensor) -> Tensor:
         W = decay * scores(query, key)
         moved = W @ key + self.ridge * query
         return decay * scores(moved, query) - W @ (before(decay) * scores(key, query))
 
-    def step(self, state, query, key, value, decay):
+    def step(
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, decay: Tensor
+    ) -> tuple[Tensor, State]:
         S, C, G = state
         G = decay * G + outer(key, read(C, key))
         S = decay * S + outer(key, key)
@@ -44,7 +47,9 @@ class HLA2Published(Operator):
         moved = read(S, query) + self.ridge * query
         return read(C, moved) - read(G, query), (S, C, G)
 
-    def chain(self, scan, state, query, key, value):
+    def chain(
+        self, scan: Scan, state: State, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, State]:
         S, C, G = state
         moved, S = scan(query, key, key, S)
         earlier, _ = scan(key, query, value, C, exclusive=True)  # k_tᵀ C_{t-1}
@@ -64,13 +69,13 @@ class HLA3Published(Operator):
     state_names = ("S", "Q", "P", "G")
     exclusive = True
 
-    def with_options(self, masked, ridge):
+    def with_options(self, masked: bool, ridge: float) -> Operator:
         return HLA3().with_options(masked, ridge) if ridge or not masked else self
 
-    def state_shapes(self, key_heads, query_heads, d, dv):
+    def state_shapes(self, key_heads: int, query_heads: int, d: int, dv: int) -> StateShapes:
         return (key_heads, d, d), (query_heads, d, d), (key_heads, d, dv), (query_heads, d, dv)
 
-    def weights(self, query, key, decay):
+    def weights(self, query: Tensor, key: Tensor, decay: Tensor) -> Tensor:
         W, earlier = decay * scores(query, key), before(decay)
         W_earlier = earlier * scores(query, key)
         y = W @ key
@@ -81,7 +86,9 @@ class HLA3Published(Operator):
         third = decay * scores(query, (earlier * scores(u, key)) @ key)
         return decay * scores(z, key) - first - second - third
 
-    def step(self, state, query, key, value, decay):
+    def step(
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, decay: Tensor
+    ) -> tuple[Tensor, State]:
         S, Q, P, G = state
         u = read(Q, key)
         G = decay * G + outer(key, read(P, u))
@@ -91,7 +98,9 @@ class HLA3Published(Operator):
         P = decay * P + outer(key, value)
         return read(P, read(Q, read(S, query))) - read(G, query), (S, Q, P, G)
 
-    def chain(self, scan, state, query, key, value):
+    def chain(
+        self, scan: Scan, state: State, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, State]:
         def earlier(query, key, value, state):
             return scan(query, key, value, state, exclusive=True)[0]
 

@@ -18,7 +18,7 @@ _OPERATORS = {
 }
 
 
-def get(identifier, masked=True, ridge=0.0):
+def get(identifier: str | Operator, masked: bool = True, ridge: float = 0.0) -> Operator:
     """Returns the operator of a name, with options of the paper.
 
     Args:
@@ -56,7 +56,7 @@ def get(identifier, masked=True, ridge=0.0):
     return operator if masked and not ridge else operator.with_options(masked, ridge)
 
 
-def register(name, operator):
+def register(name: str, operator: Operator) -> None:
     """Makes an operator known under a name: to `get`, and to layers and their saved files.
 
     Args:
@@ -85,7 +85,7 @@ def register(name, operator):
     _OPERATORS[name] = operator
 
 
-def name_of(operator):
+def name_of(operator: Operator) -> str:
     """The name under which an operator is known, or raises `ValueError`."""
     for name, known in _OPERATORS.items():
         if known == operator:

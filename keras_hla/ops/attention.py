@@ -1,5 +1,7 @@
 """The operators over sequences, and over one token."""
 
+from typing import Any
+
 from keras import ops
 
 from keras_hla import kernels, operators
@@ -14,32 +16,34 @@ from keras_hla.checks import (
 )
 from keras_hla.evaluate import evaluate
 from keras_hla.inputs import prepare, prepare_state
+from keras_hla.operators import Operator
 from keras_hla.ops.functional import functional
+from keras_hla.types import Form, Implementation, State, Tensor
 
 FORMS = ("chunked", "recurrent", "matrix")
 
 
 @functional
 def higher_order_attention(
-    query,
-    key,
-    value,
-    operator="hla2",
-    form="chunked",
-    log_decay=None,
-    masked=True,
-    normalize=False,
-    epsilon=1e-6,
-    ridge=0.0,
-    causal=True,
-    mask=None,
-    segment_ids=None,
-    initial_state=None,
-    return_state=False,
-    chunk_size=None,
-    implementation="auto",
-    context_parallel=None,
-):
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operator: str | Operator = "hla2",
+    form: Form = "chunked",
+    log_decay: Tensor | None = None,
+    masked: bool = True,
+    normalize: bool = False,
+    epsilon: float = 1e-6,
+    ridge: float = 0.0,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    initial_state: State | None = None,
+    return_state: bool = False,
+    chunk_size: int | None = None,
+    implementation: Implementation = "auto",
+    context_parallel: Any = None,
+) -> Any:
     """Higher-order linear attention.
 
     For the default operator `"hla2"`, with `a(j→t)` the product of the decays
@@ -216,15 +220,15 @@ def higher_order_attention(
 
 
 def causal_linear_attention(
-    query,
-    key,
-    value,
-    log_decay=None,
-    mask=None,
-    initial_state=None,
-    return_state=False,
-    chunk_size=None,
-):
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None = None,
+    mask: Tensor | None = None,
+    initial_state: State | None = None,
+    return_state: bool = False,
+    chunk_size: int | None = None,
+) -> Any:
     """First-order causal linear attention, the primitive of the whole family.
 
         o_t = q_tᵀ H_t,   H_t = a_t H_{t-1} + k_t v_tᵀ
@@ -268,17 +272,17 @@ def causal_linear_attention(
 
 @functional
 def attention_step(
-    query,
-    key,
-    value,
-    state,
-    operator="hla2",
-    log_decay=None,
-    masked=True,
-    normalize=False,
-    epsilon=1e-6,
-    ridge=0.0,
-):
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: State,
+    operator: str | Operator = "hla2",
+    log_decay: Tensor | None = None,
+    masked: bool = True,
+    normalize: bool = False,
+    epsilon: float = 1e-6,
+    ridge: float = 0.0,
+) -> tuple[Tensor, list[Tensor]]:
     """One token of `higher_order_attention`, at a cost that does not depend on the past.
 
     Args:
@@ -317,9 +321,10 @@ def attention_step(
     state = prepare_state(
         "state", state, operator, inputs.state_shapes(operator, normalize), inputs
     )
-    epsilon = epsilon if normalize else None
-    output, state = evaluate(operator, inputs, state, form="step", epsilon=epsilon)
-    return output[:, 0], state
+    output, new_state = evaluate(
+        operator, inputs, state, form="step", epsilon=epsilon if normalize else None
+    )
+    return output[:, 0], new_state
 
 
 def _rank(x):

@@ -1,7 +1,9 @@
 """Functions of tensors that take symbolic ones too, as the operations of Keras do."""
 
+from collections.abc import Callable
 import functools
 import inspect
+from typing import Any, TypeVar, cast
 
 import keras
 
@@ -31,7 +33,10 @@ class FunctionOperation(keras.Operation):
         return cls(**{n: keras.saving.deserialize_keras_object(x) for n, x in config.items()})
 
 
-def functional(function):
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def functional(function: _Function) -> _Function:
     """Decorates a public function, which then makes a node where a tensor is symbolic.
 
     The node is saved with a model, by the name of the function.
@@ -52,7 +57,7 @@ def functional(function):
         options = {name: x for name, x in arguments.items() if name not in tensors}
         return operation(**options)(**tensors)
 
-    return with_symbolic_tensors
+    return cast(_Function, with_symbolic_tensors)
 
 
 def _is_symbolic(x):

@@ -1,17 +1,27 @@
 """The algebra of segments: the associative product of the paper's sections 4, 6.2 and 7.3."""
 
+from typing import Any
+
 from keras import ops
 
 from keras_hla import forms, operators
 from keras_hla.checks import check_rank
 from keras_hla.grouping import group, ungroup
 from keras_hla.inputs import prepare
+from keras_hla.operators import Operator
 from keras_hla.ops.functional import functional
 from keras_hla.ops.segment import check_segments, operator_of, segment
+from keras_hla.types import State, Tensor
 
 
 @functional
-def summarize(query, key, value, operator="hla2", log_decay=None):
+def summarize(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operator: str | Operator = "hla2",
+    log_decay: Tensor | None = None,
+) -> Any:
     """All that the tokens of a segment tell the tokens after it.
 
     Segments of any length can be summarized independently, on different
@@ -61,7 +71,7 @@ def summarize(query, key, value, operator="hla2", log_decay=None):
     return segment(operator, [*(ungroup(x) for x in tensors), total])
 
 
-def combine(left, right, operator=None):
+def combine(left: State, right: State, operator: str | Operator | None = None) -> Any:
     """The summary of two segments, the second right after the first.
 
     For the default operator `"hla2"`, with `ρ` the product of the decays of the

@@ -6,22 +6,24 @@ from keras_hla import forms, operators
 from keras_hla.checks import check_noncausal, check_number, check_rank
 from keras_hla.grouping import ungroup
 from keras_hla.inputs import prepare
+from keras_hla.operators import Operator
 from keras_hla.ops.functional import functional
+from keras_hla.types import Tensor
 
 
 @functional
 def attention_weights(
-    query,
-    key,
-    operator="hla2",
-    log_decay=None,
-    masked=True,
-    normalize=False,
-    epsilon=1e-6,
-    ridge=0.0,
-    causal=True,
-    mask=None,
-):
+    query: Tensor,
+    key: Tensor,
+    operator: str | Operator = "hla2",
+    log_decay: Tensor | None = None,
+    masked: bool = True,
+    normalize: bool = False,
+    epsilon: float = 1e-6,
+    ridge: float = 0.0,
+    causal: bool = True,
+    mask: Tensor | None = None,
+) -> Tensor:
     """The weights with which `higher_order_attention` adds up the values.
 
     The weight of value `j` in output `t` is, for the default operator `"hla2"`,

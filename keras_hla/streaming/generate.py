@@ -1,24 +1,29 @@
 """A language model writes on, from a prompt."""
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
 import numpy as np
 
 from keras_hla.checks import check_number, check_positive_int
 from keras_hla.streaming.sampling import inverse
 from keras_hla.streaming.writer import write, writer_of
+from keras_hla.types import Tensor
 
 
 def generate(
-    model,
-    prompt,
-    max_new_tokens,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    stop_tokens=(),
-    seed=None,
-    tokens_per_call=32,
-    inputs=None,
-):
+    model: keras.Model,
+    prompt: Any,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: int | Sequence[int] = (),
+    seed: int | None = None,
+    tokens_per_call: int = 32,
+    inputs: dict[str, Tensor] | None = None,
+) -> Any:
     """Continues sequences of tokens with a language model.
 
     The prompt is read in parallel; then a compiled loop draws token by token. Its
@@ -83,18 +88,18 @@ def generate(
 
 
 def generate_stream(
-    model,
-    prompt,
-    max_new_tokens,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    stop_tokens=(),
-    seed=None,
-    tokens_per_call=8,
-    decode=None,
-    inputs=None,
-):
+    model: keras.Model,
+    prompt: Any,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: int | Sequence[int] = (),
+    seed: int | None = None,
+    tokens_per_call: int = 8,
+    decode: Callable[[Any], Any] | None = None,
+    inputs: dict[str, Tensor] | None = None,
+) -> Iterator[Any]:
     """Yields what `generate` returns, piece by piece as it is drawn.
 
     Args:

@@ -1,6 +1,7 @@
 """A model that takes a piece of a sequence and the states before it."""
 
 import re
+from typing import Any
 
 import keras
 from keras import ops
@@ -10,6 +11,7 @@ from keras_hla.streaming.check import check_streams
 from keras_hla.streaming.model_as_layer import StreamedModel
 from keras_hla.streaming.model_call import ModelCall
 from keras_hla.streaming.snapshot import Snapshot
+from keras_hla.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_hla")
@@ -38,7 +40,7 @@ class StreamingModel(keras.Model):
             check_shape(f"inputs['{name}']", x, expected[name].shape)
         return inputs
 
-    def make_predict_function(self, force=False):
+    def make_predict_function(self, force: bool = False) -> Any:
         """As Keras' own, but anew where layers have other variables, as after `enable_lora`."""
         changed = self._snapshot is None or not self._snapshot.matches(self)
         if changed:
@@ -51,7 +53,7 @@ class StreamingModel(keras.Model):
     def _track_variables(self):
         """Keeps no list under PyTorch, or weights that the model replaces would stay in memory."""
 
-    def step(self, inputs):
+    def step(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Calls without checks, for what is traced: pieces of any length, with `"mask"` or without.
 
         Args:
@@ -63,17 +65,17 @@ class StreamingModel(keras.Model):
         return self.get_layer("stream").call(inputs)
 
     @property
-    def state_names(self):
+    def state_names(self) -> list[str]:
         """The names of the states, which are keys of the inputs and of the outputs."""
         return [name for name in self.output if name in self.input]
 
-    def initial_state(self, batch_size):
+    def initial_state(self, batch_size: int) -> dict[str, Tensor]:
         """Returns the states before the first token, by name: zeros."""
         states = {name: self.input[name] for name in self.state_names}
         return {name: ops.zeros((batch_size, *x.shape[1:]), x.dtype) for name, x in states.items()}
 
 
-def streaming_model(model, masked=False):
+def streaming_model(model: keras.Model, masked: bool = False) -> StreamingModel:
     """Makes a model that reads sequences piece by piece from one that reads them whole.
 
     The pieces of a sequence may have any length, one token and up. For each, the
