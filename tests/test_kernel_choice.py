@@ -14,14 +14,17 @@ def test_auto_gives_a_reason():
     choice = kernels.choose("hla2", dtype="bfloat16", key_dim=64, value_dim=64)
     assert choice.implementation in ("portable", "triton")
     assert choice.reason
-    assert kernels.choose(implementation="portable") == ("portable", "it was asked for")
+    assert kernels.choose(implementation="portable") == (
+        "portable",
+        "implementation='portable' was given",
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"operator": operators.HLA2(ridge=0.5)}, r"without options, not HLA2\(ridge=0.5\)"),
-        ({"operator": "hla2_published"}, "not HLA2Published"),
+        ({"operator": operators.HLA2(ridge=0.5)}, r"without options, not for HLA2\(ridge=0.5\)"),
+        ({"operator": "hla2_published"}, "not for HLA2Published"),
         ({"dtype": "float64"}, "take bfloat16, float16 and float32, not float64"),
         ({"key_dim": 256}, r"up to 128, not \(256, 64\)"),
         ({"form": "recurrent"}, "form='recurrent'"),

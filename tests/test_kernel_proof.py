@@ -18,7 +18,10 @@ from keras_hla.kernels import device, proof, small_cases
 ON_TORCH = keras.config.backend() == "torch"
 on_torch = pytest.mark.skipif(not ON_TORCH, reason="without a GPU only PyTorch runs the kernels")
 on_jax = pytest.mark.skipif(ON_TORCH, reason="this is what JAX traces")
-AGREED = "they agreed with the portable path on this GPU (NVIDIA L4, compute capability 8.9)"
+AGREED = (
+    "the kernels agree with the portable implementation on this GPU "
+    "(NVIDIA L4, compute capability 8.9)"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -87,8 +90,8 @@ def choose(**options):
 
 
 def of_trust(warned):
-    """How many of the warnings are of kernels that are not trusted."""
-    return sum("are not trusted" in str(x.message) for x in warned)
+    """How many of the warnings are of kernels that is evaluated by the portable implementation."""
+    return sum("is evaluated by the portable implementation" in str(x.message) for x in warned)
 
 
 def spoil(monkeypatch, name, result):
@@ -130,7 +133,8 @@ def test_wrong_kernels_are_refused_with_one_warning(monkeypatch, examined, kerne
     ((implementation, reason),) = choices
     assert implementation == "portable"
     assert re.search(
-        r"\(NVIDIA L4, .* 8.9\) they differ .* portable path by \d\.\de-0[23]$", reason
+        r"\(NVIDIA L4, .* 8.9\) the kernels differ .* portable implementation by \d\.\de-0[23]$",
+        reason,
     )
     assert len(examined) == 1 + kernel.startswith(("norm", "operands"))
     assert choose(implementation="triton").implementation == "triton"
@@ -154,12 +158,12 @@ def test_kernels_that_cannot_be_compiled_are_refused(monkeypatch, examined):
         raise RuntimeError("out of resource: shared memory\nand more")
 
     monkeypatch.setattr(torch_launcher, "run", run)
-    with pytest.warns(UserWarning, match="are not trusted") as warned:
+    with pytest.warns(UserWarning, match="is evaluated by the portable implementation") as warned:
         choices = {choose() for _ in range(2)}
     assert of_trust(warned) == len(examined) == 1
     ((implementation, reason),) = choices
     assert implementation == "portable"
-    assert reason.endswith("they fail with RuntimeError: out of resource: shared memory")
+    assert reason.endswith("the kernels fail with RuntimeError: out of resource: shared memory")
 
 
 @pytest.mark.usefixtures("trusted")
@@ -177,7 +181,7 @@ def test_each_kind_is_proven(examined):
 @wrong
 @pytest.mark.usefixtures("feigned")
 def test_what_differs_is_refused(examined):
-    with pytest.warns(UserWarning, match="are not trusted") as warned:
+    with pytest.warns(UserWarning, match="is evaluated by the portable implementation") as warned:
         assert choose().implementation == choose().implementation == "portable"
     assert of_trust(warned) == len(examined) == 1
 
@@ -185,7 +189,7 @@ def test_what_differs_is_refused(examined):
 @pytest.mark.parametrize("feigned", [WRONG["outputs"]], ids=["outputs"], indirect=True)
 @pytest.mark.usefixtures("feigned")
 def test_another_gpu_of_the_kind_is_not_warned_of_again(monkeypatch, examined):
-    with pytest.warns(UserWarning, match="are not trusted") as warned:
+    with pytest.warns(UserWarning, match="is evaluated by the portable implementation") as warned:
         refused = choose()
     assert of_trust(warned) == 1
     proof._verdicts.clear()  # as another GPU has no verdict
@@ -196,7 +200,11 @@ def test_another_gpu_of_the_kind_is_not_warned_of_again(monkeypatch, examined):
 @pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize(
     ("capability", "reason"),
-    [("9.0", "it is faster here"), ("7.5", "compute capability 8.0 and more"), ("12.0", AGREED)],
+    [
+        ("9.0", "the kernels are faster on this GPU"),
+        ("7.5", "compute capability 8.0 or higher"),
+        ("12.0", AGREED),
+    ],
 )
 def test_where_proofs_are_needed(monkeypatch, examined, capability, reason):
     monkeypatch.setattr(device, "_capability", lambda tensor: capability)
@@ -307,7 +315,7 @@ def test_what_differs_is_found_within_a_trace(rng, examined):
     def function(q, k, v):
         return 2 * ops.higher_order_attention(q, k, v)
 
-    with pytest.warns(UserWarning, match="are not trusted"):
+    with pytest.warns(UserWarning, match="is evaluated by the portable implementation"):
         output = jax.jit(function)(*tensors)
     expected = ops.higher_order_attention(*tensors, implementation="portable")
     assert relative_error(output, 2 * expected) <= 4e-3

@@ -96,7 +96,7 @@ def test_second_gradients_are_refused(rng):
 def test_the_interpreter_is_never_chosen():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")  # where the choice is the kernels, or another reason
-    assert kernels.choose() == ("portable", "the interpreter of the kernels is slow")
+    assert kernels.choose() == ("portable", "Triton interprets the kernels, which is slow")
 
 
 def test_a_layer_is_one_function_or_tells_why_not(rng):

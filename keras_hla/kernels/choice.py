@@ -1,4 +1,4 @@
-"""What evaluates an operator: the portable path or the kernels, and why."""
+"""Chooses between the kernels and the portable implementation, and gives the reason."""
 
 from typing import Any, NamedTuple
 
@@ -39,11 +39,11 @@ def choose(
     chunk_size: int | None = None,
     context_parallel: Any = None,
 ) -> Choice:
-    """Tells what evaluates `keras_hla.ops.higher_order_attention`, and why.
+    """Returns the implementation of `keras_hla.ops.higher_order_attention`, and the reason.
 
-    On a CUDA GPU on which the kernels were not measured, `"auto"` first compiles and runs small
-    cases of what they would be taken for, by them and by the portable path. The answer is
-    remembered for the process; if it is no, there is one warning.
+    On a CUDA GPU on which the kernels were not measured, `"auto"` first compiles the kernels for
+    small cases and compares them with the portable implementation. The result is remembered for
+    the process. If they differ, there is one warning.
 
     Args:
         operator: Name of an operator, or an operator.
@@ -52,9 +52,8 @@ def choose(
         value_dim: Size of each value head.
         implementation: `"auto"`, `"portable"` or `"triton"`.
         decays: Whether there are log-decays, or segments, which need them.
-        tensor: A tensor, to ask for its device and whether its shape is known.
-            Its first axes are batch and length. `None` is the device on which Keras
-            makes tensors, and a known shape.
+        tensor: A tensor `(batch, length, ...)`, for its device and its shape. `None` is
+            Keras' default device and a known shape.
         form: As in `higher_order_attention`, as are the arguments after it.
         causal: As in `higher_order_attention`.
         normalize: As in `higher_order_attention`.
@@ -62,9 +61,9 @@ def choose(
         context_parallel: As in `higher_order_attention`.
 
     Returns:
-        The named tuple `(implementation, reason)`. The portable path always takes a
-        single token, which is a step, and an empty sequence. With `context_parallel`
-        the lengths of parts do not matter, so that all devices choose alike.
+        The named tuple `(implementation, reason)`. A single token, which is a step, and
+        an empty sequence are always portable. With `context_parallel` the lengths of
+        shards do not matter, so that all devices choose the same implementation.
 
     Raises:
         ValueError: if `implementation="triton"` cannot run that, with the reason.
@@ -92,8 +91,8 @@ def choose(
                 f"With implementation='triton' the kernels must be able to run, but {obstacle}. "
                 "Use 'auto' or 'portable'. Received: implementation='triton'"
             )
-        return Choice("triton", "it was asked for")
-    # Devices of one sequence exchange what they have alike, however long their parts are.
+        return Choice("triton", "implementation='triton' was given")
+    # All devices of a sequence need the same collectives, however long their shards are.
     obstacle = (
         obstacle
         or device.why_not_faster(None if split else tensor)
@@ -105,18 +104,18 @@ def choose(
 
 
 def _by_trust(operator, dtype, dims, decays, tensor):
-    """The kernels, where they were measured, or as good as the portable path."""
+    """The kernels, where they were measured or agree with the portable implementation."""
     if device.is_measured(tensor):
-        return Choice("triton", "it is faster here")
+        return Choice("triton", "the kernels are faster on this GPU")
     name, dtype = operators.name_of(operator), keras.backend.standardize_dtype(dtype)
     proven, reason = proof.prove(name, dtype, dims, decays, device.place_of(tensor))
     return Choice("triton" if proven else "portable", reason)
 
 
 def _why_portable_always(implementation, tensor, form):
-    """Why it is the portable path whatever the kernels can do, or `None`."""
+    """Why the implementation is portable whatever the kernels can do, or `None`."""
     if implementation == "portable":
-        return "it was asked for"
+        return "implementation='portable' was given"
     if tensor is not None and tensor.shape[1] == 1 and form == "chunked":
         return "a single token is a step, not a sequence"
     if tensor is not None and tensor.shape[1] == 0:
@@ -126,39 +125,44 @@ def _why_portable_always(implementation, tensor, form):
 
 def _outside_of_kernels(operator, dtype, dims):
     if passes_of(operator) is None:
-        return f"they know 'hla2', 'ahla', 'hla3' and 'linear', without options, not {operator}"
+        return (
+            "the kernels are for 'hla2', 'ahla', 'hla3' and 'linear' without options, "
+            f"not for {operator}"
+        )
     dtype = keras.backend.standardize_dtype(dtype)
     if dtype not in ("bfloat16", "float16", "float32"):
-        return f"they take bfloat16, float16 and float32, not {dtype}"
+        return f"the kernels take bfloat16, float16 and float32, not {dtype}"
     if max(dims) > _LARGEST_DIM:
-        return f"they take `key_dim` and `value_dim` up to {_LARGEST_DIM}, not {dims}"
+        return f"the kernels take `key_dim` and `value_dim` up to {_LARGEST_DIM}, not {dims}"
     return None
 
 
 def _not_known_to_be_faster(operator, dtype, dims, decays):
-    """What was not measured beside the portable path, or is not as accurate."""
+    """Why the kernels may be slower or less accurate, or `None`."""
     dtype = keras.backend.standardize_dtype(dtype)
     if dtype != "bfloat16":
-        return f"the kernels are known to be faster in bfloat16 alone, not in {dtype}"
+        return f"the kernels are known to be faster only in bfloat16, not in {dtype}"
     if operator not in _MEASURED:
         return f"the kernels were not measured with the operator {operator}"
     if min(dims) < 64:
-        return f"the kernels are known to be faster for dims of 64 to 128 alone, not {dims}"
+        return f"the kernels are known to be faster only for dims of 64 to 128, not {dims}"
     if decays and max(dims) > 64 and operator not in _ACCURATE_WITH_WIDE_DECAYS:
         return (
-            "with decays and dims above 64 the kernels are known to be accurate for 'hla2' and "
-            "'linear' alone"
+            "with decays and dims above 64 the kernels are known to be accurate only for 'hla2' "
+            "and 'linear'"
         )
     return None
 
 
 def _outside_of_form(form, causal, normalize, chunk_size, context_parallel):
     if form != "chunked" or not causal:
-        return f"they are for form='chunked' and causal=True, not form='{form}', causal={causal}"
+        return (
+            f"the kernels need form='chunked' and causal=True, not form='{form}', causal={causal}"
+        )
     if normalize:
-        return "they would round the sum by which normalize=True divides"
+        return "the kernels would round the sum by which normalize=True divides"
     if chunk_size is not None:
-        return f"they choose the chunk size themselves, not chunk_size={chunk_size}"
+        return f"the kernels choose the chunk size, and cannot take chunk_size={chunk_size}"
     if context_parallel is not None and is_torch_compiling():
-        return "what `torch.compile` compiles has no kernels that exchange states between devices"
+        return "`torch.compile` does not support the kernels with `context_parallel`"
     return None

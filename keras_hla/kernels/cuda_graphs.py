@@ -4,24 +4,23 @@ _setting = {"enabled": True}
 
 
 def enable_cuda_graphs() -> None:
-    """Lets layers be recorded as CUDA graphs under PyTorch, as they are by default.
+    """Records layers as CUDA graphs under PyTorch, which is the default.
 
-    A layer whose stages are one function (see `why_not_fused` of `HLA`) takes longer to launch
-    than to compute, unless the sequences are large. From its third call in a row with inputs of the
-    same shape on, it is replayed as a CUDA graph, forward and backward, which the host starts by
-    one call. Results are the same. A graph holds what the gradients need, about the memory that
-    each step takes without it, until the layer is gone or is called with another shape for a
-    while.
+    The CPU overhead of a layer whose stages are one function (see `HLA.why_not_fused`) exceeds its
+    time on the GPU, unless the sequences are large. From the third consecutive call with inputs of
+    one shape on, the layer is replayed as a CUDA graph, forward and backward, with one launch each.
+    Results are the same. A graph keeps the activations of the layer, about the memory of one
+    training step without it, until the layer is deleted or is called with other shapes for a while.
     """
     _setting["enabled"] = True
 
 
 def disable_cuda_graphs() -> None:
-    """Launches the kernels of layers one by one, and lets go of the graphs of each layer.
+    """Launches the kernels of layers one by one, and frees the graphs of each layer.
 
-    Graphs are for gradients that are computed once for each call. Disable them where gradients
-    are asked for a second time (`retain_graph=True`) after the layer computed other outputs, which
-    raises `RuntimeError`, and where memory counts more than time.
+    With graphs, gradients can be computed once for each call. A second time (`retain_graph=True`)
+    after the layer has computed other outputs raises `RuntimeError`: disable graphs there, and
+    where memory matters more than time.
     """
     _setting["enabled"] = False
 

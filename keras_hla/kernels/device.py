@@ -18,12 +18,12 @@ def why_not(tensor):
     backend = keras.config.backend()
     needed = {"torch": ("triton",), "jax": ("triton", "jax_triton")}.get(backend)
     if needed is None:
-        return f"they are for PyTorch and JAX, not {backend}"
+        return f"the kernels are for PyTorch and JAX, not for {backend}"
     if tensor is not None:
         if not all(isinstance(n, int) for n in tensor.shape):
-            return "they need a known batch size and length"
+            return "the kernels need a known batch size and length"
         if 0 in (tensor.shape[0], *tensor.shape[2:]):
-            return "there is nothing to compute"
+            return "the tensor has no elements"
     missing = [name for name in needed if not _INSTALLED[name]]
     if missing:
         return f"the package {missing[0]} is not installed"
@@ -37,18 +37,18 @@ def _why_not_compiled(capability):
         return "there is no CUDA GPU"
     if float(capability) < _LEAST:
         return (
-            f"Triton compiles for GPUs of compute capability {_LEAST} and more, which multiply "
+            f"Triton needs a GPU of compute capability {_LEAST} or higher, which has products of "
             f"bfloat16, not {capability}"
         )
     return None
 
 
 def why_not_faster(tensor):
-    """Why the portable path is chosen where the kernels can run, or `None`."""
+    """Why the kernels are slower where they can run, or `None`."""
     if interpreted():
-        return "the interpreter of the kernels is slow"
+        return "Triton interprets the kernels, which is slow"
     if tensor is not None and tensor.shape[0] * tensor.shape[1] < _FEWEST_TOKENS:
-        return f"the kernels were measured from {_FEWEST_TOKENS} tokens of a batch on"
+        return f"the kernels are known to be faster only from {_FEWEST_TOKENS} tokens per batch on"
     return None
 
 
@@ -58,7 +58,7 @@ def is_measured(tensor):
 
 
 def place_of(tensor):
-    """The CUDA GPU on which a tensor is, as `keras.device` takes it."""
+    """The CUDA GPU of a tensor, in the form that `keras.device` takes."""
     if keras.config.backend() == "jax":
         return _jax_device(tensor)
     import torch
@@ -67,7 +67,7 @@ def place_of(tensor):
 
 
 def describe(place):
-    """The name and the compute capability of a GPU that `place_of` told."""
+    """The name and the compute capability of a GPU from `place_of`."""
     if keras.config.backend() == "jax":
         name, capability = place.device_kind, place.compute_capability
     else:
@@ -79,7 +79,7 @@ def describe(place):
 
 
 def is_capturing():
-    """Whether what is launched is captured as a CUDA graph, and not run."""
+    """Whether kernel launches are captured as a CUDA graph instead of run."""
     if keras.config.backend() != "torch":
         return False
     import torch
@@ -93,7 +93,7 @@ def interpreted():
 
 
 def _capability(tensor):
-    """The compute capability of the CUDA GPU on which a tensor is, as in "9.0", or `None`."""
+    """The compute capability of the CUDA GPU of a tensor, such as "9.0", or `None`."""
     if keras.config.backend() == "jax":
         device = _jax_device(tensor)
         cuda = "nvidia" in device.device_kind.lower() and device.platform in ("gpu", "cuda")

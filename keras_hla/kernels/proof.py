@@ -1,4 +1,4 @@
-"""Whether the kernels prove themselves on a GPU on which they were not measured.
+"""Checks the kernels on GPUs on which they were not measured.
 
 At first use a small case is compiled and run, by them and portable, and compared. The answer is
 remembered for the process.
@@ -26,7 +26,7 @@ _CANCELLING = 5
 
 
 class Verdict(NamedTuple):
-    """Whether kernels are as good as the portable path, and the reason in words."""
+    """Whether kernels agree with the portable implementation, and the reason in words."""
 
     proven: bool
     reason: str
@@ -102,7 +102,7 @@ def _warn_once(kind, verdict):
         return
     _warned.add(kind)
     warnings.warn(
-        f"The portable path evaluates {kind}, as the kernels are not trusted: {verdict.reason}. "
+        f"{kind} is evaluated by the portable implementation: {verdict.reason}. "
         "`implementation='triton'` takes them anyway.",
         stacklevel=2,
     )
@@ -115,14 +115,16 @@ def _examine(place, kind):
             error = max(e for case in kind.cases() for e in _errors(case, kind.dtype))
     except Exception as e:
         summary = f"{type(e).__name__}: {e}".splitlines()[0]
-        return Verdict(False, f"on {gpu} they fail with {summary}")
+        return Verdict(False, f"on {gpu} the kernels fail with {summary}")
     if error <= _TOLERANCE[kind.dtype]:
-        return Verdict(True, f"they agreed with the portable path on {gpu}")
-    return Verdict(False, f"on {gpu} they differ from the portable path by {error:.1e}")
+        return Verdict(True, f"the kernels agree with the portable implementation on {gpu}")
+    return Verdict(
+        False, f"on {gpu} the kernels differ from the portable implementation by {error:.1e}"
+    )
 
 
 def _errors(case, dtype):
-    """The errors of results and gradients by kernels, as `_TOLERANCE` bounds them."""
+    """The errors of results and gradients of kernels, which `_TOLERANCE` bounds."""
     inputs = [ops.convert_to_tensor(x, dtype) for x in case.inputs]
     inputs += [ops.convert_to_tensor(x, "float32") for x in case.exact]
     rng = np.random.default_rng(1)

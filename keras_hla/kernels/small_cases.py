@@ -1,4 +1,4 @@
-"""Small cases of what the kernels compute, each in two ways: by them, and portable.
+"""Small cases of what the kernels compute, each in two ways: by kernels, and portable.
 
 Between them they take each way through the kernels: one span of a sequence and several, states
 before and after it, keys that heads share, and more than one tile of tokens.

@@ -1,4 +1,4 @@
-"""Many stages as one function of PyTorch, which takes a fraction of the host's time."""
+"""Many stages as one function of PyTorch, with a fraction of the CPU overhead."""
 
 from keras_hla.kernels.fusion.recorder import Recorder
 

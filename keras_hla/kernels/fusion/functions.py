@@ -1,4 +1,4 @@
-"""The stages that are no kernels of the package, by PyTorch's own functions."""
+"""The stages that PyTorch's own functions compute."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch.nn import functional
 
 
 class TensorFunction(NamedTuple):
-    """As a `KernelFunction`, without kernels."""
+    """A `KernelFunction` without kernels."""
 
     evaluate: Callable
     gradients: Callable

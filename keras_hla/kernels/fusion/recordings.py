@@ -1,4 +1,4 @@
-"""Programs recorded as CUDA graphs, which the host starts by one call.
+"""Programs recorded as CUDA graphs, each of which is launched by one call.
 
 A graph reads and writes at the addresses at which it was recorded. So a recording keeps its
 inputs, into which each call copies; weights are read where they are; and results are copied out
@@ -15,7 +15,7 @@ from keras_hla.kernels.launching.torch_launcher import as_kernels_take_it, refus
 
 # Calls alike, one after the other, of which the last is recorded: shapes that change are not.
 _CALLS = 3
-# Elements of a sequence from which on a GPU takes longer to compute than the host to launch.
+# Elements of a sequence from which on the GPU takes longer than the CPU overhead.
 _LARGEST = 1 << 25
 
 
@@ -63,7 +63,7 @@ class Recording:
     """A program for tensors of one kind, as a CUDA graph, and its gradients as another.
 
     What gradients need stays in the graphs. So from a call until its gradients are computed, or
-    its output is let go of, the recording is in use.
+    its output is freed, the recording is in use.
     """
 
     def __init__(self, program, tensors, wanted, key):
@@ -207,7 +207,7 @@ class Replayed(torch.autograd.Function):
 
 
 def _can_be_recorded(x):
-    """Whether a call is of the size, and in a place, in which it may be recorded or replayed."""
+    """Whether the size, device and stream of a call allow to record or replay it."""
     return (
         x.numel() <= _LARGEST
         and can_capture(x.device)

@@ -14,12 +14,12 @@ def attention(operator, inputs, state, return_state=True, devices=None):
         inputs: `keras_hla.inputs.Inputs`.
         state: List of states, or `None`.
         return_state: whether the states after the last token are wanted.
-        devices: those that hold the sequence together, each a part, or `None`.
+        devices: those that hold the sequence, each a shard, or `None`.
 
     Returns:
         The output, `(batch, length, heads, value_dim)`, and the list of states or `None`.
     """
-    if inputs.query.shape[1] == 0:  # of a part; it has the others' exchanges
+    if inputs.query.shape[1] == 0:  # of a shard; it takes part in the collectives
         inputs = type(inputs)(*(x if x is None else _with_a_token(x) for x in inputs))
         output, state = attention(operator, inputs, state, return_state, devices)
         return output[:, :0], state

@@ -1,6 +1,6 @@
 """The launches of kernels that a plan asks for, as far as they are known before their inputs.
 
-They are found once for each plan, as kernels take no longer than it takes to find them.
+They are found once for each plan, since to find them takes as long as the kernels.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The passes of a call, how they are cut into programs, and what those exchange."""
+"""The passes of a call, how they are divided into programs, and the tensors between them."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ _FEWEST_SPAN_CHUNKS = 8
 class Plan:
     """The cut of one call: each head's sequence into spans, and those into chunks.
 
-    Spans run side by side, so that a few heads fill the chip. With several the keys and
+    Spans run side by side, so that a few heads fill the GPU. With several the keys and
     values of a pass are read twice: first the states that spans leave are summed.
     """
 
@@ -70,7 +70,7 @@ class Plan:
 
     @functools.cached_property
     def product_dtype(self):
-        """The dtype of the products' operands, and of what the passes exchange: of a wide range."""
+        """The dtype of products' operands and of tensors between passes, of float32's range."""
         # The interpreter multiplies no bfloat16.
         return "bfloat16" if self.dtype == "bfloat16" and not interpreted() else "float32"
 
