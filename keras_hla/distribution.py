@@ -1,4 +1,4 @@
-"""Models over several devices."""
+"""Context parallelism of models."""
 
 from typing import Any
 
@@ -11,46 +11,47 @@ __all__ = ["split_sequence"]
 
 
 def split_sequence(model: keras.Model, context_parallel: Any) -> None:
-    """Has the layers of a model take what each device holds for a part of one sequence.
+    """Splits the sequences of a model over devices (context parallelism).
 
-    Afterwards each device calls the model with its own contiguous part of the tokens, all of them
-    at the same time, and gets the outputs that these tokens have in the whole sequence: `HLA`
-    layers exchange states, the last tokens that a convolution reads, and how many tokens there
-    are. What is exchanged is of a size that does not depend on the length. Where the outputs of
-    all devices go into the loss, the gradients are those of the whole sequence; under PyTorch
-    each process holds its share of those of weights, and they are the sum over processes.
+    After this call each device calls the model with its own contiguous shard of the tokens, and
+    all devices do so at the same time. Each gets the outputs that its tokens have in the whole
+    sequence: the `HLA` layers gather the states of all shards, the last tokens that a convolution
+    reads, and the numbers of tokens. The size of these collectives does not depend on the length.
+    If the loss is a sum over the outputs of all devices, the gradients are those of the whole
+    sequence. Under PyTorch each process holds its share of the gradients of weights: sum them over
+    the processes.
 
-    - `mask` and `segment_ids` are those of the part, and all devices give them, or none. A segment
-      may cross borders.
-    - The initial state is the one before the first token of all and must be the same on all
-      devices, as the returned one is, after the last token of all; and so is the output with
-      `return_sequences=False`.
-    - All other layers of the model must act on each token alone. The `Input` of a functional model
-      must have an unknown length, as in `keras.Input((None,))`.
-    - A part that is longer than `remat_length` is computed again for its gradients as one piece,
-      without a second exchange under PyTorch.
+    - `mask` and `segment_ids` are those of the shard. Either all devices give them, or none. A
+      segment may extend over several shards.
+    - The initial state is the one before the whole sequence, and must be the same on all devices.
+      The returned state, after the whole sequence, and the output with `return_sequences=False`
+      are the same on all devices.
+    - All other layers of the model must act on each token independently. The `Input` of a
+      functional model must have an unknown length, as in `keras.Input((None,))`.
+    - A shard that is longer than `remat_length` is recomputed as a whole in the backward pass,
+      under PyTorch without repeating the collectives.
     - Dropout draws by the seeds of each device, which may be equal.
 
-    The setting stays until the next call, and is neither saved nor copied. A model that streams or
-    generates needs `split_sequence(model, None)` before.
+    The setting applies until the next call. It is neither saved nor copied. Call
+    `split_sequence(model, None)` before the model streams or generates.
 
     Args:
-        model: Model or layer that holds `HLA` layers, which may be in blocks and models inside of
-            it, or is one.
-        context_parallel: Under JAX the name of an axis of the mesh; the model must be called
-            inside of `jax.shard_map` then. Under PyTorch a `torch.distributed.ProcessGroup` or a
-            one-dimensional `DeviceMesh`, whose processes may hold parts of different lengths.
-            `None` is the whole sequence on each device, as before the first call.
+        model: An `HLA` layer, or a layer or model that contains `HLA` layers, also in nested
+            blocks and models.
+        context_parallel: Under JAX the name of a mesh axis; the model must then be called inside
+            of `jax.shard_map`. Under PyTorch a `torch.distributed.ProcessGroup` or a
+            one-dimensional `DeviceMesh`, whose processes may hold shards of different lengths.
+            `None` undoes the split: each device has whole sequences.
 
     Raises:
-        ValueError: if the model holds no `HLA` layer, or one that has no such form:
-            with `causal=False`, `go_backwards=True` or as a cell in `keras.layers.RNN`; and if
-            `context_parallel` means no devices, or is given under TensorFlow, which has no
-            engine for it.
+        ValueError: if the model contains no `HLA` layer, or one that cannot be split: with
+            `causal=False`, with `go_backwards=True`, or as a cell in `keras.layers.RNN`; if
+            `context_parallel` is not among its allowed values; and under TensorFlow, which is not
+            supported.
 
     Example:
 
-    Under JAX, with parts of a sequence on all devices:
+    Under JAX, with a shard of each sequence on each device:
 
     ```python
     keras_hla.distribution.split_sequence(model, "sequence")

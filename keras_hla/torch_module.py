@@ -1,4 +1,4 @@
-"""Keras layers for the parts of PyTorch that replace the parameters of modules."""
+"""Keras layers as modules whose parameters PyTorch can replace."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""The devices that hold one sequence together, each a contiguous part, and what they exchange.
+"""The devices of context parallelism, each with a contiguous shard, and their collectives.
 
-All take part in each exchange, forward and backward, in the same order. Gradients are those of
-the sum of what all devices differentiate.
+All devices take part in each collective, forward and backward, in the same order. Gradients are
+those of the sum of the losses of all devices.
 """
 
 import weakref
@@ -23,8 +23,8 @@ def devices_of(context_parallel):
     backend = keras.config.backend()
     if backend not in _ALLOWED:
         raise ValueError(
-            "Argument `context_parallel` needs the JAX or the PyTorch backend: no other has an "
-            "engine that splits a sequence over devices. "
+            "Argument `context_parallel` needs the JAX or the PyTorch backend: no other supports "
+            "it. "
             f"Received: context_parallel={context_parallel!r}, backend {backend!r}"
         )
     devices = (JaxDevices if backend == "jax" else TorchDevices).of(context_parallel)
@@ -37,16 +37,15 @@ def devices_of(context_parallel):
 
 
 def check_context_parallel(context_parallel):
-    """Refuses what means no devices, as far as that can be told outside of a call."""
+    """Checks `context_parallel`, as far as that is possible outside of a call."""
     if keras.config.backend() != "jax" or not isinstance(context_parallel, str):
         devices_of(context_parallel)
 
 
 def reference_to(context_parallel):
-    """What a layer keeps of `context_parallel`, for `referred_to`.
+    """A reference to `context_parallel` for a layer to keep, without keeping a process group alive.
 
-    Nothing of it keeps a process group alive: the threads of one that lives until the interpreter
-    exits may abort the process.
+    The threads of a group that lives until the interpreter exits may abort the process.
     """
     if context_parallel is None or isinstance(context_parallel, str):
         return context_parallel

@@ -1,4 +1,4 @@
-"""From a trained model to files that need neither Keras nor this package."""
+"""Export to files that need neither Keras nor this package."""
 
 from keras_hla.export.litert import export_litert
 from keras_hla.export.onnx import export_onnx

@@ -14,7 +14,7 @@ from keras_hla.types import StrPath
 def export_litert(
     model: keras.Model, path: StrPath, step: bool = False, length: int | None = None
 ) -> None:
-    """Writes a LiteRT file that answers whole sequences, or reads them piece by piece.
+    """Writes a LiteRT file for whole sequences, or for pieces and states.
 
     It holds no operations but LiteRT's own, and one signature, `"serving_default"`.
     Inputs and outputs are named as by `keras_hla.streaming_model`, and free in

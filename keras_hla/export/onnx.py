@@ -12,7 +12,7 @@ from keras_hla.types import StrPath
 def export_onnx(
     model: keras.Model, path: StrPath, step: bool = False, length: int | None = None
 ) -> None:
-    """Writes an ONNX file that answers whole sequences, or reads them piece by piece.
+    """Writes an ONNX file for whole sequences, or for pieces and states.
 
     To run it, neither Keras nor this package is needed. Inputs and outputs are
     named as by `keras_hla.streaming_model`, and free in batch size. But for states

@@ -17,10 +17,11 @@ _FROM_TORCH = (
 
 
 def export_saved_model(model: keras.Model, path: StrPath, stateful: bool = False) -> None:
-    """Writes a SavedModel that answers whole sequences and serves streams.
+    """Writes a SavedModel for whole sequences and for streams.
 
-    To run it, neither Keras nor this package is needed. All inputs and outputs
-    are named as by `keras_hla.streaming_model`, and free in batch size and length.
+    The file runs without Keras and without this package. Inputs and outputs have
+    the names that `keras_hla.streaming_model` gives them, and any batch size and
+    length.
 
     | signature | inputs | outputs |
     | --- | --- | --- |
@@ -31,8 +32,8 @@ def export_saved_model(model: keras.Model, path: StrPath, stateful: bool = False
     | `step_masked` | the same and `mask` | the same |
 
     `mask` is boolean, `(batch, length)`, true for unmasked tokens; the outputs of
-    the other tokens mean nothing. From JAX, a piece has one token or more. Floats
-    in the outputs are float32 under every policy but that of float64.
+    masked tokens are undefined. Under JAX, a piece must have at least one token.
+    Floating-point outputs are float32, or float64 under a float64 policy.
 
     Args:
         model: Model that `keras_hla.streaming_model` takes, under TensorFlow or
@@ -44,7 +45,7 @@ def export_saved_model(model: keras.Model, path: StrPath, stateful: bool = False
 
     Raises:
         ValueError: if the model cannot be streamed.
-        RuntimeError: under torch. It names the command that exports a `.keras` file.
+        RuntimeError: under PyTorch. The error names the command that exports a `.keras` file.
 
     Example:
 

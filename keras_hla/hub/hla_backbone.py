@@ -60,7 +60,7 @@ class HLABackbone(Backbone):
         A tensor of shape `(batch, length, hidden_dim)`.
 
     Raises:
-        ValueError: if an argument is outside of what it may be.
+        ValueError: if an argument is not among its allowed values.
 
     Example:
 

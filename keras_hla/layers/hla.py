@@ -1,4 +1,4 @@
-"""The layer: its cell's loop, evaluated in parallel."""
+"""The layer, which evaluates its cell for all tokens in parallel."""
 
 import functools
 from typing import Any, Unpack
@@ -34,50 +34,51 @@ _WITHOUT_ORDER = {"decay": None, "conv_kernel_size": None}
 
 @keras.saving.register_keras_serializable(package="keras_hla")
 class HLA(CompositeLayer):
-    """Higher-order linear attention over a sequence, causal, in linear time.
+    """Causal sequence mixing by higher-order linear attention, in linear time.
 
-    `HLA` is to `HLACell` what `keras.layers.GRU` is to `keras.layers.GRUCell`.
-    Per head, with `a(j→t)` the product of the decays after token `j` up to `t`,
-    the default operator `"hla2"` computes
+    The layer takes the place of causal self-attention or of a GRU: each output
+    depends on its token and on all tokens before it. `HLA` is to `HLACell` what
+    `keras.layers.GRU` is to `keras.layers.GRUCell`. Per head, with `a(j→t)` the
+    product of the decays after token `j` up to `t`, the default operator
+    `"hla2"` computes
 
         o_t = Σ_{i≤j≤t} a(i→t) a(j→t) (q_t·k_i) (k_i·q_j) v_j
 
-    in chunks: all chunks at once, and no loop over tokens. A sequence may come
-    in pieces of any length, with the state of one handed to the next.
+    in chunks, without a loop over tokens. A long sequence can be read in pieces of
+    any length: the state after one piece is the initial state of the next.
 
     Args:
         num_heads: Number of query heads.
         key_dim: Size of each query and key head.
-        value_dim: Size of each value head. `None` is `key_dim`.
+        value_dim: Size of each value head. `None` means `key_dim`.
         return_sequences: Whether to return the output of every token (the
             default, unlike in `keras.layers.GRU`) or of the last one.
-        return_state: Whether to return the last state besides the output.
-        go_backwards: Whether the sequence is read from its end. Outputs come in
-            the order of reading, that is reversed, as in `keras.layers.GRU`; and
-            so does the mask for the layers after it.
-        stateful: Whether each batch starts from the state in which the one
-            before ended. It needs a fixed batch size. The states are `variables`,
-            not `weights`: no file holds them, and they pass between no models.
+        return_state: Whether to return the last state in addition to the output.
+        go_backwards: Whether to read the sequence from its end. The outputs, and
+            the mask for later layers, are in reversed order then, as in
+            `keras.layers.GRU`.
+        stateful: Whether the last state of each batch is the initial state of the
+            next one. This needs a fixed batch size. The states are `variables`,
+            not `weights`: they are not saved, and not copied by `set_weights`.
         zero_output_for_mask: Whether the output of a masked token is zero. By
-            default it is the output before it, as in `keras.layers.GRU`.
+            default it is the previous output, as in `keras.layers.GRU`.
         causal: `False` lets every token read the whole sequence, still in linear
-            time. It goes without decay, convolution and state: the defaults of
-            `decay` and `conv_kernel_size` are `None` then.
-        chunk_size: Largest number of tokens of a chunk. It changes time and
-            memory, not the result. `None` chooses.
-        remat_length: Longest sequence of which all is kept that the gradients
-            need. A longer one is taken in parts of at most this length, each
-            computed a second time for its gradients, which saves memory. `None`
-            is no limit. Where several devices hold a sequence, the part of one is not
-            cut, but computed again as a whole. It needs a length known when the call
-            is traced, and `causal=True`. Of a longer one there is no gradient by `torch.func`, and
-            under TensorFlow neither forward mode nor a gradient of gradients. Within
-            `torch.compile` the compiler chooses what is computed a second time: see
-            PyTorch's `activation_memory_budget`.
+            time. There is no decay, convolution or state then: the defaults of
+            `decay` and `conv_kernel_size` are `None`.
+        chunk_size: Largest number of tokens of a chunk. It affects time and
+            memory, not the result. `None` chooses it automatically.
+        remat_length: Length from which rematerialization saves memory. A longer
+            sequence is computed in parts of at most this length, each of them a
+            second time in the backward pass. `None` means no limit. With context
+            parallelism, a longer shard is recomputed as a whole. The length must be
+            known when the call is traced, and `causal=True`. Beyond this length
+            `torch.func` has no gradients, and TensorFlow has neither forward mode
+            nor second gradients. Within `torch.compile` the compiler chooses what
+            to recompute: see PyTorch's `activation_memory_budget`.
         implementation: `"auto"`, `"portable"` or `"triton"`, as in
             `keras_hla.ops.higher_order_attention`. The kernels take queries, keys
-            and values in the compute dtype. `implementation_for(sequences)` tells
-            what is used and why.
+            and values in the compute dtype. `implementation_for(sequences)` returns
+            the implementation that runs, and the reason.
         **kwargs: Arguments of `HLACell` (`num_key_value_heads`, `operator`,
             `decay`, `rope_max_wavelength`, `scale`, `feature_map`,
             `conv_kernel_size`, `conv_activation`, `qk_norm`, `masked`,
@@ -92,17 +93,17 @@ class HLA(CompositeLayer):
             shapes `(batch, *size)` for the entries of `layer.cell.state_size`.
             `None` is the state before the first token.
         mask: Boolean tensor of shape `(batch, length)`, true for unmasked
-            tokens. Masked ones leave the state unchanged, whatever they hold.
+            tokens. A masked token leaves the state unchanged, whatever it holds.
         segment_ids: Integer tensor of shape `(batch, length)`, for packed
-            sequences: where it changes, a segment starts, from zero states. The
-            first segment goes on with the initial state.
-        training: Whether to drop outputs, where `dropout` is set.
+            sequences: a new segment, with a state of zeros, starts where it
+            changes. The first segment continues from the initial state.
+        training: Whether to apply dropout.
 
     Returns:
         A tensor of shape `(batch, length, features)`, or with
         `return_sequences=False` the output of the last unmasked token, `(batch,
-        features)`, zero if there is none; `output_shape`, if set, is its number of
-        features. A sequence of length 0 leaves the states as they are.
+        features)`, or zeros if there is none. `output_shape`, if set, is the number
+        of features. A sequence of length 0 leaves the states unchanged.
 
         With `return_state=True` a tuple of that tensor and the states, float32
         (float64 under a float64 policy): for `"hla2"` `S`, `(batch, num_heads,
@@ -113,7 +114,7 @@ class HLA(CompositeLayer):
         tokens lie before, and how many tokens besides.
 
     Raises:
-        ValueError: if an argument is outside of what it may be.
+        ValueError: if an argument is not among its allowed values.
 
     Example:
 
@@ -327,7 +328,7 @@ class HLA(CompositeLayer):
     def implementation_for(
         self, sequences: Tensor | None = None, segmented: bool = False
     ) -> kernels.Choice:
-        """What evaluates the operator, and why, as `keras_hla.kernels.choose` tells.
+        """Returns the implementation of the operator, and the reason: see `keras_hla.kernels.choose`.
 
         Args:
             sequences: Tensor like those of a call, for its device and known shape.

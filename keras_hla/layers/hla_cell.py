@@ -23,16 +23,16 @@ from keras_hla.types import Shape, State, Tensor
 
 @keras.saving.register_keras_serializable(package="keras_hla")
 class HLACell(HLAWeights, DropoutRNNCell):
-    """Cell of the `HLA` layer: takes in one token at a constant cost.
+    """Cell of the `HLA` layer: one step of one token, at a constant cost.
 
-    With the rows of the projections as `q_t, k_t, v_t` per head, rotated by the
-    position, and the decay `a_t`, the default operator `"hla2"` computes
+    Projections of the input give `q_t, k_t, v_t` per head, and the decay `a_t`.
+    The default operator `"hla2"` computes
 
         S_t = a_t S_{t-1} + k_t k_tᵀ
         F_t = a_t² F_{t-1} + (S_t q_t) v_tᵀ
         o_t = q_tᵀ F_t
 
-    and the cell returns the output projection of all heads' normalized `o_t`.
+    and the cell returns the output projection of the normalized `o_t` of all heads.
 
     `keras.layers.RNN(cell)` runs it over a sequence, token by token; `HLA` gives
     the same outputs in parallel.
@@ -40,46 +40,47 @@ class HLACell(HLAWeights, DropoutRNNCell):
     Args:
         num_heads: Number of query heads.
         key_dim: Size of each query and key head.
-        value_dim: Size of each value head. `None` is `key_dim`.
+        value_dim: Size of each value head. `None` means `key_dim`.
         num_key_value_heads: Number of key and value heads, a divisor of
-            `num_heads`: consecutive query heads share one. `None` is `num_heads`.
+            `num_heads`: consecutive query heads share one. `None` means `num_heads`.
         operator: Name of an operator, or an operator that has a name; see
             `keras_hla.operators.get`.
-        decay: How fast the past is forgotten: `"input"`, by a factor per head and
-            token computed from the inputs, the default; `"learned"`, one trained
-            factor per head; `"multiscale"`, fixed factors with time scales from
-            32 to 512 tokens over the heads; a sequence of `num_heads` numbers in
-            (0, 1], one per head; a number, the factor of all; or `None`, not at
-            all.
+        decay: Factor by which the state decays at each token: `"input"`, the
+            default, computes it per head and token from the inputs; `"learned"`
+            trains one per head; `"multiscale"` fixes one per head, with time scales
+            from 32 to 512 tokens; a sequence of `num_heads` numbers in (0, 1] gives
+            one per head, and a number gives one for all heads; `None` means no
+            decay.
         rope_max_wavelength: Longest period of the rotary position embedding of
-            queries and keys, in tokens times `2 π`; `None` is no embedding. It
+            queries and keys, in tokens divided by `2 π`; `None` means no embedding. It
             needs an even `key_dim`, and adds the position to the state.
-        scale: Factor on the queries. `None` is `key_dim ** -0.5`.
+        scale: Factor of the queries. `None` means `key_dim ** -0.5`.
         feature_map: Applied to queries and keys, before the scale and the rotary
             embedding: the name of a Keras activation (`"relu"`, `"softplus"`,
             ...), `"elu_plus_one"`, or a callable of tensors `(..., key_dim)` that
-            keeps their shape. `None` is none, as in the paper.
-        conv_kernel_size: Number of tokens, 2 or more, over which a causal
-            convolution mixes each feature of the projected queries, keys and
-            values alone, before all else; 4 by default. It adds the last
-            `conv_kernel_size - 1` tokens to the state. `None` is no convolution.
+            keeps their shape. `None` means no feature map, as in the paper.
+        conv_kernel_size: Kernel size, 2 or more, of a causal depthwise convolution
+            of the projected queries, keys and values; 4 by default. It adds the
+            last `conv_kernel_size - 1` tokens to the state. `None` means no
+            convolution.
         conv_activation: Activation after the convolution, or `None`.
-        qk_norm: Whether each head's queries and keys are divided by their root
+        qk_norm: Whether to divide the queries and keys of each head by their root
             mean square, with a trained scale per feature, before the feature map.
         masked: As in `keras_hla.ops.higher_order_attention`.
-        normalize: Whether outputs are divided by the operator's denominator, as
-            in `keras_hla.ops.higher_order_attention`.
+        normalize: Whether to divide outputs by the operator's denominator, as in
+            `keras_hla.ops.higher_order_attention`.
         epsilon: Positive number, added to the denominator.
         ridge: As in `keras_hla.ops.higher_order_attention`.
-        output_norm: Whether each head's output is divided by its root mean
+        output_norm: Whether to divide the output of each head by its root mean
             square. Without it outputs grow with the length.
-        output_gate: Activation of a gate that is computed from the inputs and
-            multiplies the heads' outputs, after their norm: `"silu"`, or another
-            name or callable. `None` is no gate.
-        dropout: Share in [0, 1) of the outputs that are dropped in training. In
-            `keras.layers.RNN` they are the same features at all tokens of a
+        output_gate: Activation of a gate, computed from the inputs, that multiplies
+            the normalized outputs of the heads: `"silu"`, or another name or
+            callable. `None` means no gate.
+        dropout: Fraction in [0, 1) of the outputs that training drops. In
+            `keras.layers.RNN` the same features are dropped at all tokens of a
             sequence, as with `keras.layers.GRUCell`; `HLA` draws for each token.
-        output_shape: Number of features of the output. `None` is that of the input.
+        output_shape: Number of features of the output. `None` means that of the
+            input.
         use_bias: Whether the projections have a bias.
         kernel_initializer: Initializer of the projections' kernels.
         bias_initializer: Initializer of the projections' biases.
@@ -87,7 +88,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
         bias_regularizer: Regularizer of the projections' biases.
         kernel_constraint: Constraint of the projections' kernels.
         bias_constraint: Constraint of the projections' biases.
-        seed: Integer, seed of the dropout.
+        seed: Integer, the seed of the dropout.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -102,7 +103,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
         lower-precision policy (float64 under a float64 policy).
 
     Raises:
-        ValueError: if an argument is outside of what it may be.
+        ValueError: if an argument is not among its allowed values.
 
     Example:
 

@@ -35,44 +35,43 @@ _MLP_MULTIPLE = 16
 
 @keras.saving.register_keras_serializable(package="keras_hla")
 class HLADecoderBlock(CompositeLayer):
-    """Pre-norm block: `HLA` and a gated MLP, each with norm, dropout and residual.
+    """Pre-norm decoder block: `HLA` and a gated MLP, with dropout and residuals.
 
         y = x + dropout(HLA(norm(x)))
         z = y + dropout((activation(norm(y) W_gate) ⊙ norm(y) W_up) W_down)
 
-    Blocks can be stacked, and stream like the layer.
+    A language model is a stack of these blocks. They stream as the layer does.
 
     Args:
         num_heads: Number of query heads.
         key_dim: Size of each query and key head.
-        intermediate_dim: Size of the MLP between its projections. `None` is 8/3
-            of the features of the input, rounded up to a multiple of 16: as many
-            weights as a plain MLP of four times the features.
+        intermediate_dim: Hidden size of the MLP. `None` means 8/3 of the features
+            of the input, rounded up to a multiple of 16: as many weights as an MLP
+            without a gate has at four times the features.
         activation: Activation of the MLP's gate.
-        dropout: Share in [0, 1) of the outputs of the mixer and of the MLP that
-            are dropped in training.
+        dropout: Fraction in [0, 1) of the outputs of the mixer and of the MLP that
+            training drops.
         norm_epsilon: Positive number, added to the mean squares of the norms.
-        use_bias: Whether projections, those of the MLP too, have a bias; not by
-            default.
-        **kwargs: Other arguments of `HLA` but `return_sequences`, `go_backwards`
-            and `output_shape`; initializers, regularizers and constraints are
-            for the MLP, too. And arguments of `keras.layers.Layer`.
+        use_bias: Whether the projections, including those of the MLP, have a bias.
+        **kwargs: Arguments of `HLA`, except `return_sequences`, `go_backwards` and
+            `output_shape`, and of `keras.layers.Layer`. Initializers, regularizers
+            and constraints apply to the MLP, too.
 
     Call arguments:
         sequences: Tensor of shape `(batch, length, features)`.
         initial_state: List of states as returned with `return_state=True`, or
             `None`, as in `HLA`.
         mask: Boolean tensor of shape `(batch, length)`, true for unmasked
-            tokens. What masked ones hold does not matter.
+            tokens. A masked token affects no other token.
         segment_ids: Integer tensor of shape `(batch, length)`, as in `HLA`.
-        training: Whether to drop outputs.
+        training: Whether to apply dropout.
 
     Returns:
-        A tensor of the shape of `sequences`; with `return_state=True` a tuple of
-        it and the states of the mixer.
+        A tensor of the shape of `sequences`. With `return_state=True` a tuple of
+        this tensor and the states of the mixer.
 
     Raises:
-        ValueError: if an argument is outside of what it may be.
+        ValueError: if an argument is not among its allowed values.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""What an operator is: a few views of one computation, which the tests hold to each other."""
+"""The base class of operators: one computation in several forms, which the tests compare."""
 
 from __future__ import annotations
 

@@ -44,17 +44,17 @@ def higher_order_attention(
     implementation: Implementation = "auto",
     context_parallel: Any = None,
 ) -> Any:
-    """Higher-order linear attention.
+    """Mixes a sequence by higher-order linear attention.
 
-    For the default operator `"hla2"`, with `a(j→t)` the product of the decays
-    of the tokens after `j` up to `t`:
+    Output `t` is a weighted sum of the values up to token `t`. For the default
+    operator `"hla2"`, with `a(j→t)` the product of the decays of the tokens after
+    `j` up to `t`:
 
         o_t = Σ_{i≤j≤t} a(i→t) a(j→t) (q_t·k_i) (k_i·q_j) v_j
 
-    The classes in `keras_hla.operators` state what the others compute. Time and
-    memory are linear in the length, except for `form="matrix"`. No scale is
-    applied to the queries, and unless `normalize` is set the outputs grow with
-    the length.
+    The classes in `keras_hla.operators` define the other operators. Time and
+    memory are linear in the length, except for `form="matrix"`. The queries are
+    not scaled, and without `normalize` the outputs grow with the length.
 
     Args:
         query: Tensor of shape `(batch, length, heads, dim)`.
@@ -69,53 +69,54 @@ def higher_order_attention(
             other; or `"matrix"`, the definition with its length x length
             weights, which neither takes nor returns a state.
         log_decay: Logarithm of the decay, `log a_t <= 0`: a number or a tensor
-            broadcastable to `(batch, length, heads)`. `-inf` forgets all before
-            the token. Its sign is checked for numbers and NumPy arrays. If it has
-            one value per query head, each query head holds its own moment of the
-            keys it shares. `None` is no decay.
-        masked: `False` is the paper's prefix-unmasked variant, of second and
+            broadcastable to `(batch, length, heads)`. `-inf` resets the state
+            before the token. The sign is checked for numbers and NumPy arrays. With
+            one value per query head, each query head has its own moment of the
+            keys that it shares. `None` means no decay.
+        masked: `False` selects the paper's prefix-unmasked variant, of second and
             third order: the sum over all `i, j <= t`, `q_tᵀ S_t C_t` for
             `"hla2"`. It is causal, too.
-        normalize: Whether each output is divided by what the operator gives for
-            values of one, plus `epsilon`. States have a column more then.
-        epsilon: Positive number. The denominator can be near zero, and
-            negative, as nothing in the definition prevents it.
+        normalize: Whether to divide each output by the sum of its weights, plus
+            `epsilon`. The states have one more column then.
+        epsilon: Positive number. The denominator can be near zero or negative:
+            nothing in the definition prevents it.
         ridge: `λ >= 0`. Adds `λ I` to the key moment of second order operators,
             as in the paper's Algorithm 1.
         causal: `False` lets each token read the whole sequence, in linear time:
             `(A Aᵀ) V`, `A = Q Kᵀ`, for `"hla2"`, `A A V` for `"ahla"`, `A Aᵀ A V`
-            for `"hla3"`. It goes with no decay, no state, and the forms
-            `"chunked"` and `"matrix"`.
+            for `"hla3"`. It needs no decay, no state, and `form="chunked"` or
+            `"matrix"`.
         mask: Boolean (or integer) tensor of shape `(batch, length)`, true for
-            unmasked tokens. Masked ones leave the state unchanged, whatever they
-            hold, and have outputs of zero.
+            unmasked tokens. A masked token leaves the state unchanged, whatever it
+            holds, and has an output of zero.
         segment_ids: Integer tensor of shape `(batch, length)`, for packed
-            sequences: where it changes from one unmasked token to the next, a
-            segment starts, from zero states. The first segment goes on with the
-            initial state.
+            sequences: a new segment, with a state of zeros, starts where it
+            changes from one unmasked token to the next. The first segment
+            continues from the initial state.
         initial_state: List of states as returned with `return_state=True`.
         return_state: Whether to return the state after the last token.
         chunk_size: Largest number of tokens of a chunk, for the causal
-            `form="chunked"`. It changes time and memory, not the result. `None`
-            chooses.
-        implementation: What evaluates the causal `form="chunked"`: `"portable"`,
-            which runs everywhere; `"triton"`, fused kernels for GPUs, under
-            PyTorch and JAX; or `"auto"`, the kernels for what they are known to
-            compute faster, on a GPU for which they are known or proven to be
-            right. `keras_hla.kernels.choose` tells which that is and why.
-        context_parallel: Over which devices the length is split. Each of them calls
-            this function with its own contiguous part of the tokens, and together,
-            in order, the parts are evaluated as one sequence. Under JAX it is the
-            name of an axis of the mesh, inside of `jax.shard_map`; under PyTorch a
-            `torch.distributed.ProcessGroup` or a one-dimensional `DeviceMesh`, whose
-            processes may hold parts of different lengths. `log_decay`, `mask` and
-            `segment_ids` are those of the part. `initial_state`, the state before
-            the first token of all, must be the same on all devices, as the returned
-            one is, after the last token of all. Each pass of the operator exchanges
-            one state, whatever the length, and its gradient; with `segment_ids` the
-            last one of each part is exchanged, too. Gradients are those of the sum
-            of the losses of all devices: under PyTorch each process holds its share
-            of that of `initial_state`, as of those of weights. It needs
+            `form="chunked"`. It affects time and memory, not the result. `None`
+            chooses it automatically.
+        implementation: Implementation of the causal `form="chunked"`: `"portable"`
+            runs everywhere; `"triton"` runs fused kernels on GPUs, under PyTorch
+            and JAX; `"auto"` chooses the kernels where they are known to be faster
+            and were checked on the GPU at hand. `keras_hla.kernels.choose` returns
+            the choice and the reason.
+        context_parallel: Devices over which the sequence is split along its length.
+            Each of them calls this function with its own contiguous shard of the
+            tokens, and gets the outputs that these tokens have in the whole
+            sequence. Under JAX this is the name of a mesh axis, inside of
+            `jax.shard_map`; under PyTorch a `torch.distributed.ProcessGroup` or a
+            one-dimensional `DeviceMesh`, whose processes may hold shards of
+            different lengths. `log_decay`, `mask` and `segment_ids` belong to the
+            shard. `initial_state` is the state before the whole sequence, and the
+            returned state the one after it: each is the same on all devices. Each
+            pass of the operator gathers one state per device, whatever the length,
+            and in the backward pass its gradient; with `segment_ids` also the last
+            id of each shard. Gradients are those of the sum of the losses of all
+            devices; under PyTorch each process holds its share of the gradient of
+            `initial_state`, as of the gradients of weights. It needs
             `form="chunked"` and `causal=True`.
 
     Returns:
@@ -126,7 +127,7 @@ def higher_order_attention(
         (float64 for float64 inputs), in the order of the operator's
         `state_names`: for `"hla2"` `S`, `(batch, key_value_heads, dim, dim)`,
         and `F`, `(batch, heads, dim, value_dim)`. A sequence of length 0 leaves
-        it as it is.
+        the state unchanged.
 
     Raises:
         ValueError: if shapes, dtypes, names, numbers or options do not fit

@@ -22,7 +22,7 @@ def summarize(
     operator: str | Operator = "hla2",
     log_decay: Tensor | None = None,
 ) -> Any:
-    """All that the tokens of a segment tell the tokens after it.
+    """Summarizes a segment: all that later tokens read of its tokens.
 
     Segments of any length can be summarized independently, on different
     devices, and composed with `combine`. The first entries of a segment are the

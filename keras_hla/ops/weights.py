@@ -1,4 +1,4 @@
-"""The weights of an operator, to be looked at."""
+"""The weights of an operator, for inspection."""
 
 from keras import ops
 
@@ -24,7 +24,7 @@ def attention_weights(
     causal: bool = True,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The weights with which `higher_order_attention` adds up the values.
+    """Returns the weights of the values in each output of `higher_order_attention`.
 
     The weight of value `j` in output `t` is, for the default operator `"hla2"`,
 

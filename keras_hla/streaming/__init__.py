@@ -1,4 +1,4 @@
-"""From a trained model to one that reads a sequence piece by piece, and writes on."""
+"""Streaming models, which read a sequence piece by piece, and generation."""
 
 from keras_hla.streaming.generate import generate, generate_stream
 from keras_hla.streaming.streaming_model import StreamingModel, streaming_model

@@ -1,4 +1,4 @@
-"""A language model writes on, from a prompt."""
+"""Generation: a language model continues a prompt."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,38 +26,37 @@ def generate(
 ) -> Any:
     """Continues sequences of tokens with a language model.
 
-    The prompt is read in parallel; then a compiled loop draws token by token. Its
-    memory depends neither on the length of the prompt nor on the number of new
-    tokens.
+    The prompt is read in parallel (prefill). Then a compiled loop draws one token
+    after the other. Its memory depends neither on the length of the prompt nor on
+    the number of new tokens.
 
     Args:
         model: Model that `keras_hla.streaming_model` takes, from integer tokens
             `(batch, length)` to logits `(batch, length, vocabulary)`. It may have
             further inputs that are not sequences, such as a condition.
-        prompt: The tokens to continue: a sequence of integers, or a list of them,
-            of different lengths, each of which is continued on its own. No prompt
-            is empty.
-        max_new_tokens: Largest number of tokens to draw for each.
+        prompt: The tokens to continue: a sequence of integers, or a list of such
+            sequences, which may have different lengths. No prompt may be empty.
+        max_new_tokens: Largest number of tokens to draw for each prompt.
         temperature: Number `>= 0` by which logits are divided. 0 always takes the
-            likeliest token.
-        top_k: Draw from this many of the likeliest tokens. `None` is all.
-        top_p: Draw from the likeliest tokens that together have this probability,
-            in (0, 1]. `None` is all.
-        stop_tokens: Integer, or several. A continuation ends with the first of
-            these.
-        seed: Integer. With the same seed the same tokens are drawn on a backend,
-            whatever else is in the batch. `None` draws others each time.
+            most likely token.
+        top_k: Draw from this many of the most likely tokens. `None` means all.
+        top_p: Draw from the most likely tokens that together have this
+            probability, in (0, 1]. `None` means all.
+        stop_tokens: Integer or sequence of integers. A continuation ends with the
+            first of these.
+        seed: Integer. The same seed draws the same tokens on the same backend,
+            whatever else is in the batch. `None` draws different tokens each time.
         tokens_per_call: Number of tokens drawn per call of the compiled loop.
-        inputs: Dictionary of the further inputs of the model, by name: arrays
-            without the batch axis for a single prompt, else with one entry for
-            each prompt.
+        inputs: Dictionary of the other inputs of the model, by name: arrays
+            without the batch axis for a single prompt, or with one entry per
+            prompt.
 
     Returns:
         The new tokens, an int32 array, or a list of them for a list of prompts.
 
     Raises:
-        ValueError: if an argument is outside of what it may be, or the model
-            gives logits of NaN, or all of them minus infinity.
+        ValueError: if an argument is not among its allowed values, or the model
+            returns logits that are NaN, or all minus infinity.
 
     Example:
 
@@ -100,18 +99,18 @@ def generate_stream(
     decode: Callable[[Any], Any] | None = None,
     inputs: dict[str, Tensor] | None = None,
 ) -> Iterator[Any]:
-    """Yields what `generate` returns, piece by piece as it is drawn.
+    """Yields the tokens of `generate` as they are drawn.
 
     Args:
         model: As in `generate`, as are the other arguments up to `seed`.
-        tokens_per_call: Largest number of tokens of a piece.
-        decode: Function from an int32 array, the new tokens of a piece, to text.
+        tokens_per_call: Largest number of tokens per yield.
+        decode: Function from an int32 array of new tokens to text.
         inputs: As in `generate`.
 
     Yields:
-        The new tokens since the last piece, an int32 array, or the text that
-        `decode` makes of them; for a list of prompts a list of these, empty for
-        those that have ended.
+        The new tokens since the last yield, an int32 array, or the text that
+        `decode` returns for them. For a list of prompts, a list of these, empty
+        for continuations that have ended.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""A model that takes a piece of a sequence and the states before it."""
+"""Streaming models, which take a piece of a sequence and the states before it."""
 
 import re
 from typing import Any
@@ -76,41 +76,42 @@ class StreamingModel(keras.Model):
 
 
 def streaming_model(model: keras.Model, masked: bool = False) -> StreamingModel:
-    """Makes a model that reads sequences piece by piece from one that reads them whole.
+    """Returns a model that reads sequences piece by piece.
 
-    The pieces of a sequence may have any length, one token and up. For each, the
-    outputs are those that `model` gives for these tokens in the whole sequence.
+    The pieces of a sequence may have any length from one token on. The outputs are
+    those that `model` gives for the same tokens in the whole sequence.
 
     Args:
-        model: Functional or Sequential model of which every layer, in models
-            inside of it too, is an `HLA` layer or a block of it, or acts on each
-            time step alone. The weights are shared, not copied. Its sequences are
-            the inputs of unknown length, as in `keras.Input((None,))`; if there is
-            none, those of three or more axes and those of integers.
+        model: Functional or Sequential model. Each of its layers, also in nested
+            models, must be an `HLA` layer or block, or act on each time step
+            independently. The weights are shared, not copied. Inputs of unknown
+            length, as in `keras.Input((None,))`, are sequences; if there are none,
+            inputs of integers and inputs of three or more axes are.
         masked: Whether the model has one more input, `"mask"`: a boolean tensor of
             shape `(batch, length)`, true for unmasked tokens. With it the pieces
-            of a batch can be of different lengths. The outputs of the tokens that it
-            masks mean nothing. Those that the model masks by itself, as with
-            `Embedding(mask_zero=True)`, have the outputs that they have in the whole.
+            of a batch can have different lengths. The outputs of tokens that it
+            masks are undefined. Tokens that the model itself masks, as with
+            `Embedding(mask_zero=True)`, have the same outputs as in the whole
+            sequence.
 
     Returns:
-        A `keras.Model` from a dictionary of inputs and states to one of outputs
-        and states. An input is named like its `keras.Input` (without a name,
-        `"inputs"` if it is the only one, else `"inputs_1"`, `"inputs_2"`, ... after
-        its place), an output like the layer that it comes
-        from, or as `model` names them where they are dictionaries. States are
-        named after layer and state, as in `"hla_S"`; the same name is the state
-        before the piece in the inputs and after it in the outputs. Where a mask
-        reaches a layer, its last output, `"hla_output"`, is a state.
+        A `keras.Model` from a dictionary of inputs and states to a dictionary of
+        outputs and states. An input has the name of its `keras.Input`; inputs
+        without a name are called `"inputs"`, or `"inputs_1"`, `"inputs_2"`, ... by
+        position if there are several. An output has the name of its layer, or of
+        its key if `model` returns a dictionary. A state has the name of its layer
+        and its own, as in `"hla_S"`: in the inputs it is the state before the
+        piece, in the outputs the state after it. Where a mask reaches a layer, its
+        last output, `"hla_output"`, is a state.
 
-        `state_names` lists the states, and `initial_state(batch_size)` gives
-        those before the first token. Where a layer returns its last output alone
-        (`return_sequences=False`), that is the last of the piece. Dropout is off.
+        `state_names` lists the states, and `initial_state(batch_size)` returns
+        the states before the first token. A layer with `return_sequences=False`
+        returns the last output of the piece. Dropout is off.
 
     Raises:
-        ValueError: if a layer mixes time in another way (attention, pooling, a
-            convolution over time, absolute positions) or reads from the end. The
-            error names it.
+        ValueError: if a layer mixes time steps in another way (attention, pooling,
+            a convolution over time, absolute positions) or reads from the end. The
+            error names the layer.
 
     Example:
 
