@@ -65,3 +65,9 @@ def test_measures(script, options, shown, tmp_path):
         assert text in output
     for picture in [option for option in options if option.endswith(".png")]:
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("script", ["plot_orders.py", "plot_training_step.py"])
+def test_draws(script, tmp_path):
+    run_python(f"examples/{script}", "--output", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
