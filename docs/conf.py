@@ -11,7 +11,6 @@ project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 extensions = ["myst_parser", "api", "guides", "links", "mathml"]
 exclude_patterns = ["_build", "evidence/*.md"]  # records, not pages
-suppress_warnings = ["toc.empty_glob"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 highlight_language = "text"

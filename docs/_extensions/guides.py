@@ -1,9 +1,15 @@
-"""The scripts of `guides/` as pages: their text is Markdown already, their code is shown."""
+"""The scripts of `guides/` as pages: their text is Markdown already, and their code is shown."""
 
 from pathlib import Path
 import runpy
 
 from generated import write
+
+INDEX = """# Guides
+
+Each guide is a script that runs as it is, on every backend, and can be made a notebook.
+
+"""
 
 
 def page(cells):
@@ -17,10 +23,13 @@ def write_pages(app):
     scripts = Path(app.srcdir).parent / "guides"
     folder = Path(app.srcdir) / "guides"
     split = runpy.run_path(scripts / "cells.py")["cells"] if scripts.exists() else None
-    for script in scripts.glob("*.py"):
+    names = []
+    for script in sorted(scripts.glob("*.py")):
         cells = split(script.read_text(encoding="utf-8"))
         if cells[0][1].startswith("# "):  # as guides do, and `cells.py` does not
+            names.append(script.stem)
             write(folder / f"{script.stem}.md", page(cells))
+    write(folder / "index.md", INDEX + "\n".join(["```{toctree}", *names, "```"]) + "\n")
 
 
 def setup(app):

@@ -1,4 +1,8 @@
-"""Inline code that names a public object of the package becomes a link to its reference."""
+"""Links that the pages have without markup of their own, so that they read well elsewhere, too.
+
+Inline code that names a public object of the package leads to its reference. Links to files outside
+of `docs/` that are pages of the site lead there.
+"""
 
 import re
 
@@ -12,6 +16,11 @@ logger = logging.getLogger(__name__)
 
 # A name, or the call of one: `keras_hla.layers.HLA`, `HLA(causal=False)`.
 _NAME = re.compile(r"(\w+(?:\.\w+)*)(?:\(.*\))?", re.DOTALL)
+_OUTSIDE = {
+    r"\]\(\.\./README\.md": "](index.md",
+    r"\]\(\.\./(CHANGELOG|CONTRIBUTING)\.md": lambda match: f"]({match[1].lower()}.md",
+    r"\]\(\.\./guides/(\w+)\.py": r"](guides/\1.md",
+}
 
 
 class LinkNames(SphinxPostTransform):
@@ -70,6 +79,13 @@ def _is_inside(node, *kinds):
     return _ancestor(node, *kinds) is not None
 
 
+def link_to_pages(app, name, source):
+    """Turns links to files that are pages here into links to these pages."""
+    for pattern, replacement in _OUTSIDE.items():
+        source[0] = re.sub(pattern, replacement, source[0])
+
+
 def setup(app):
+    app.connect("source-read", link_to_pages)
     app.add_post_transform(LinkNames)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
