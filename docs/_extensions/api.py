@@ -69,16 +69,23 @@ def _is_own(member):
     return not member.is_alias and not member.is_module and not member.name.startswith("_")
 
 
+def shortest_names(modules):
+    """The public name under which each object is described, by the path of its definition."""
+    names = {}
+    for module in modules:
+        for name, found in public_names(module):
+            public = f"{module.path}.{name}"
+            names[found.path] = min(names.get(found.path, public), public, key=len)
+    return names
+
+
 def page(module, documented):
-    """The page of a module. `documented` holds the public names so far by the paths of objects."""
+    """The page of a module. `documented` are the `shortest_names` of all objects."""
     text = [f"# {module.path}", _fence("py:module", module.path), module.docstring.value]
     for name, found in public_names(module):
-        public = f"{module.path}.{name}"
-        if found.path in documented:
-            body = f"The same as {{py:obj}}`{documented[found.path]}`."
-        else:
-            documented[found.path] = public
-            body = _body(found, documented)
+        shortest = documented[found.path]
+        is_here = shortest == f"{module.path}.{name}"
+        body = _body(found, documented) if is_here else f"The same as {{py:obj}}`{shortest}`."
         text.append(_entry(found, name, body))
     return "\n\n".join(text) + "\n"
 
@@ -99,7 +106,7 @@ def _body(found, documented):
 
 
 def _members(cls, documented):
-    """The documented methods and properties of a class but those of a public class below it."""
+    """The documented methods and properties of a class, without those of its public bases."""
     for name, member in (cls.members | cls.inherited_members).items():
         target = member.final_target if member.is_alias else member
         is_inherited = target.parent.path != cls.path and target.parent.path in documented
@@ -185,11 +192,10 @@ def _fence(directive, argument, body=""):
 def write_pages(app):
     """Writes the pages into the folder `api` beside the others, before these are read."""
     package = griffe.load("keras_hla", search_paths=[Path(app.srcdir).parent])
-    documented = {}
-    folder = Path(app.srcdir) / "api"
-    for name in MODULES:
-        module = package.modules_collection[name]
-        write(folder / f"{name}.md", page(module, documented))
+    modules = [package.modules_collection[name] for name in MODULES]
+    documented = shortest_names(modules)
+    for module in modules:
+        write(Path(app.srcdir) / "api" / f"{module.path}.md", page(module, documented))
 
 
 def setup(app):

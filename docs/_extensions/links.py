@@ -66,7 +66,7 @@ def _short_names(objects):
             is_telling = objects[full].objtype in {"class", "function"} and re.search("[A-Z_]", end)
             if "." in end or is_telling:
                 names[end] = full  # The shortest full name comes last, and stays.
-    return names | {full: full for full in objects}
+    return names | {full: full for full in objects if "." in full}
 
 
 def _ancestor(node, *kinds):
