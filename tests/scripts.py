@@ -8,8 +8,8 @@ import sys
 ROOT = Path(__file__).parent.parent
 
 
-def run_python(*arguments, backend=None, optimize=False):
-    """Runs Python from the repository's root, and returns what it printed.
+def run_python(*arguments, backend=None, optimize=False, folder=ROOT):
+    """Runs Python in a folder, by default the repository's root, and returns what it printed.
 
     With `optimize` JAX compiles as it does for users.
     """
@@ -21,7 +21,7 @@ def run_python(*arguments, backend=None, optimize=False):
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=environment,
-        cwd=ROOT,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,

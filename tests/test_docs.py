@@ -68,8 +68,8 @@ def test_pages(tmp_path):
     """The blocks of each page one after the other, each page for itself."""
     pages = sorted((ROOT / "docs").glob("*.md"))  # numerics.md, which makes JAX use float64, last
     code = ["\n".join(blocks(page)) for page in pages]
-    assert len(code) >= 7
-    assert all(code)
+    without_code = {page.stem for page, text in zip(pages, code, strict=True) if not text}
+    assert without_code <= {"changelog", "contributing"}
     run_in(tmp_path, code)
 
 

@@ -328,7 +328,7 @@ class HLA(CompositeLayer):
     def implementation_for(
         self, sequences: Tensor | None = None, segmented: bool = False
     ) -> kernels.Choice:
-        """Returns the implementation of the operator, and the reason: see `keras_hla.kernels.choose`.
+        """Returns the implementation of the operator and the reason: see `kernels.choose`.
 
         Args:
             sequences: Tensor like those of a call, for its device and known shape.

@@ -101,8 +101,8 @@ class Operator(abc.ABC):
 
         Args:
             scan: `scan(query, key, value, state, power, exclusive)`, the
-                primitive at the call's decays (`keras_hla.scan`); it returns
-                the outputs and the last state.
+                primitive at the decays of the call; it returns the outputs and
+                the last state.
             state: tuple of the states before the first token; `None` is zero.
             query, key: shape `(..., chunks, chunk_size, d)`.
             value: shape `(..., chunks, chunk_size, dv)`.
