@@ -154,6 +154,10 @@ for name, model in models.items():
     print(f"{name}: {time.perf_counter() - begin:.2f} s for four series of up to {LONG:,} readings")
 
 """
+The result depends on the backend. JAX compiles the loop of so small a GRU to fast code. PyTorch
+starts several operations for each reading, and the loop takes long. So measure it where you will
+run it.
+
 ## What a mask does
 
 A masked reading leaves every state of `HLA` as it is. In particular the state does not fade there,
@@ -223,8 +227,8 @@ elsewhere, by the argument `sample_weight` of `fit`.
 
 - A GRU is a good choice where series are short, or where the answer follows a state that the
   readings *switch*, as a counter or a parity: sums that fade cannot do that, and a GRU can.
-- Take `HLA` where series are long and a loop over readings takes too long, or where you want
-  several layers of it, as in language models.
+- Take `HLA` where the loop of a GRU takes too long, or where you want several layers of it, as in
+  language models.
 - For classification of whole series, `keras.layers.Bidirectional(HLA(...))` and `HLA(causal=False)`
   read in both directions.
 - Series that never end are the subject of the guide *A streaming service*.
