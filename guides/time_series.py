@@ -36,7 +36,7 @@ KEY_DIM = 16
 LONGEST = 64  # readings of the longest series in the training
 NUM_SERIES = 2048
 NUM_TEST_SERIES = 256
-EPOCHS = 12
+EPOCHS = 8
 BATCH_SIZE = 64
 LONG = 8192  # readings of the series for which the time is measured
 
