@@ -146,8 +146,7 @@ learning_rate = keras.optimizers.schedules.CosineDecay(
     warmup_steps=warmup_steps,
 )
 optimizer = keras.optimizers.AdamW(learning_rate, weight_decay=0.01, clipnorm=1.0)
-# XLA compiles what TensorFlow and JAX train; PyTorch does without it.
-model.compile(optimizer, bits_per_byte, jit_compile=keras.config.backend() != "torch")
+model.compile(optimizer, bits_per_byte)
 begin = time.perf_counter()
 model.fit(inputs, targets, batch_size=BATCH_SIZE, verbose=2)
 print(f"{STEPS} training steps in {time.perf_counter() - begin:.0f} seconds")

@@ -23,7 +23,14 @@ GUIDES = {
         ["32 bytes: ", "class Parser", "at any length of the text", "largest difference"],
     ),
     "time_series": (
-        {"WIDTH": 8, "LONGEST": 16, "NUM_SERIES": 64, "NUM_TEST_SERIES": 32, "EPOCHS": 1},
+        {
+            "WIDTH": 8,
+            "KEY_DIM": 4,
+            "LONGEST": 16,
+            "NUM_SERIES": 64,
+            "NUM_TEST_SERIES": 32,
+            "EPOCHS": 1,
+        },
         ["HLA: ", "GRU: ", "at up to 64 readings", "the answers differ by"],
     ),
     "streaming_service": (
