@@ -6,32 +6,49 @@ from typing import Any, Literal, TypeAlias
 
 import keras
 
-#: A tensor of the backend, a NumPy array, or where it says so a `keras.KerasTensor`. Keras has no
-#: type for it.
+__all__ = [
+    "Activation",
+    "Constraint",
+    "DType",
+    "Form",
+    "Implementation",
+    "Initializer",
+    "Regularizer",
+    "Seed",
+    "SegmentShapes",
+    "Shape",
+    "State",
+    "StateShapes",
+    "StrPath",
+    "Tensor",
+]
+
 Tensor: TypeAlias = Any
-#: The states of an operator or a layer, in order.
+"""A tensor of the backend, a NumPy array, or where it says so a `keras.KerasTensor`. Keras has
+no type for it."""
 State: TypeAlias = Sequence[Tensor]
-#: A shape, with `None` for what is not known.
+"""The states of an operator or a layer, in order."""
 Shape: TypeAlias = tuple[int | None, ...]
-#: The shapes `(heads, rows, columns)` of the states of an operator, in order.
+"""A shape, with `None` for what is not known."""
 StateShapes: TypeAlias = tuple[tuple[int, int, int], ...]
-#: The shapes of what a segment holds besides its states.
+"""The shapes `(heads, rows, columns)` of the states of an operator, in order."""
 SegmentShapes: TypeAlias = tuple[Shape, ...]
-#: An activation, by name or as a function.
+"""The shapes of what a segment holds besides its states."""
 Activation: TypeAlias = str | Callable[[Tensor], Tensor]
-#: An initializer, by name, as an object, or as its config.
+"""An activation, by name or as a function."""
 Initializer: TypeAlias = str | keras.initializers.Initializer | dict[str, Any]
-#: A regularizer, by name, as an object, or as its config.
+"""An initializer, by name, as an object, or as its config."""
 Regularizer: TypeAlias = str | keras.regularizers.Regularizer | dict[str, Any]
-#: A constraint, by name, as an object, or as its config.
+"""A regularizer, by name, as an object, or as its config."""
 Constraint: TypeAlias = str | keras.constraints.Constraint | dict[str, Any]
-#: The dtype or dtype policy of a layer.
+"""A constraint, by name, as an object, or as its config."""
 DType: TypeAlias = str | keras.DTypePolicy | dict[str, Any]
-#: A seed, or Keras' generator of seeds.
+"""The dtype or dtype policy of a layer."""
 Seed: TypeAlias = int | keras.random.SeedGenerator
-#: What `implementation` may be.
+"""A seed, or Keras' generator of seeds."""
 Implementation: TypeAlias = Literal["auto", "portable", "triton"]
-#: What `form` may be.
+"""What `implementation` may be."""
 Form: TypeAlias = Literal["chunked", "recurrent", "matrix"]
-#: A file or a folder.
+"""What `form` may be."""
 StrPath: TypeAlias = str | os.PathLike[str]
+"""A file or a folder."""

@@ -13,20 +13,9 @@ from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 
-# The public modules. Their `__all__` lists what is public in them; without one, all names are that
-# they define and that do not start with `_`.
-MODULES = [
-    "keras_hla",
-    "keras_hla.layers",
-    "keras_hla.ops",
-    "keras_hla.operators",
-    "keras_hla.streaming",
-    "keras_hla.export",
-    "keras_hla.distribution",
-    "keras_hla.hub",
-    "keras_hla.kernels",
-    "keras_hla.torch_module",
-]
+# The line of a public module in the docstring of the package, which lists them. Their `__all__`
+# lists what is public in them.
+_MODULE = re.compile(r"^- `(\w+)`: ", re.MULTILINE)
 SECTIONS = {
     "Args": "Arguments",
     "Call arguments": "Call arguments",
@@ -49,7 +38,7 @@ def public_names(module):
         found = _resolve(module, str(name))
         if not found.is_module and name != "__version__":
             yield str(name), found
-        elif found.is_module and found.path not in MODULES:
+        elif found.is_module and found.name not in _MODULE.findall(module.docstring.value):
             logger.warning("%s exports a module that is not public: %s", module.path, name)
 
 
@@ -192,7 +181,7 @@ def _fence(directive, argument, body=""):
 def write_pages(app):
     """Writes the pages into the folder `api` beside the others, before these are read."""
     package = griffe.load("keras_hla", search_paths=[Path(app.srcdir).parent])
-    modules = [package.modules_collection[name] for name in MODULES]
+    modules = [package, *(package[name] for name in _MODULE.findall(package.docstring.value))]
     documented = shortest_names(modules)
     for module in modules:
         write(Path(app.srcdir) / "api" / f"{module.path}.md", page(module, documented))

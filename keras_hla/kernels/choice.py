@@ -1,6 +1,6 @@
 """Chooses between the kernels and the portable implementation, and gives the reason."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import keras
 
@@ -12,7 +12,7 @@ from keras_hla.kernels.passes import passes_of
 from keras_hla.operators import Operator
 from keras_hla.types import Form, Implementation, Tensor
 
-IMPLEMENTATIONS = ("auto", "portable", "triton")
+IMPLEMENTATIONS = get_args(Implementation)
 _MEASURED = operators.HLA2(), operators.AHLA(), operators.HLA3(), operators.Linear()
 _ACCURATE_WITH_WIDE_DECAYS = operators.HLA2(), operators.Linear()
 _LARGEST_DIM = 128
