@@ -16,6 +16,12 @@ logger = logging.getLogger(__name__)
 # The line of a public module in the docstring of the package, which lists them. Their `__all__`
 # lists what is public in them.
 _MODULE = re.compile(r"^- `(\w+)`: ", re.MULTILINE)
+# By these the layers of the package work together; they are not for users.
+_INTERNAL = {
+    *("denses", "drop", "finish", "make_dense", "mlp_size", "options_of", "project"),
+    *("projected_sizes", "split_states", "starts_of"),
+    *("get_dropout_mask", "get_recurrent_dropout_mask"),
+}
 SECTIONS = {
     "Args": "Arguments",
     "Call arguments": "Call arguments",
@@ -99,7 +105,8 @@ def _members(cls, documented):
     for name, member in (cls.members | cls.inherited_members).items():
         target = member.final_target if member.is_alias else member
         is_inherited = target.parent.path != cls.path and target.parent.path in documented
-        if target.docstring and not name.startswith("_") and not is_inherited:
+        is_public = not name.startswith("_") and name not in _INTERNAL
+        if target.docstring and is_public and not is_inherited:
             yield target
 
 

@@ -119,7 +119,7 @@ class TorchDevices:
     def __init__(self, group, index):
         self.group = group
         self.index = index
-        self._gathered: list | None = None  # by a function that is computed again
+        self._gathered: list | None = None  # by a function that is recomputed
         self._to_read: list = []  # of what it gathered in its first call
 
     @classmethod

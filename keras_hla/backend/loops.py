@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 _NOT_RECOMPUTED = (
-    "Where a sequence is longer than `remat_length` it is computed again for its gradients, and "
+    "Where a sequence is longer than `remat_length` it is recomputed for its gradients, and "
     "there is no {}. Use a larger `remat_length`, or None."
 )
 

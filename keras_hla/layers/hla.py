@@ -359,7 +359,7 @@ class HLA(CompositeLayer):
     ) -> str | None:
         """Why the stages of the layer are not one function, in words, or `None` if they are.
 
-        One function takes less of the host's time, under PyTorch on a GPU.
+        One function has less CPU overhead, under PyTorch on a GPU.
 
         Args:
             sequences: Tensor like those of a call, for its device and known shape.

@@ -1,4 +1,4 @@
-"""Rematerialization: long sequences in small memory, each part computed again for its gradients."""
+"""Rematerialization: long sequences in small memory, each part recomputed for its gradients."""
 
 from keras import ops
 
