@@ -166,6 +166,11 @@ for length in EVALUATED_LENGTHS:
     print(f"{length:5d} bytes: {bits:.3f} bits per byte")
 
 """
+On a CPU, under TensorFlow, one run printed 2.261 bits per byte for sequences of 128 bytes, 2.235
+for 512 and 2.229 for 2,048. At sixteen times the trained length the model is as good as at it.
+"""
+
+"""
 ## Writing
 
 `keras_hla.generate` reads the prompt in parallel, which is called *prefill*. Then a compiled loop

@@ -208,10 +208,11 @@ for arrived in arrivals:
         print(name, ", ".join(f"{EVENTS[event]} {bits:.1f}" for event, bits in scored))
 
 """
-Events that always come next have a surprise near zero. `clean` and another `feed` are possible
-after `cut`, so each of them costs about a bit or two. The fault stands out. After it the model is
-unsure for a while, since no log of the training has a fault. The first event of each machine is a
-surprise too, as the service cannot know anything of it.
+Events that always come next have a surprise near zero. After `cut` both `feed` and `clean` are
+possible, so both surprise a little, the rarer `clean` more. The fault stands out. After it the
+model is unsure for a while, since no log of the training has a fault. The first event of each
+machine is a surprise too: the service gives all five events the same probability there, which is
+2.3 bits.
 
 Sessions do not mix. Whatever else was in the batch, the surprises of a machine are those of its
 events alone.

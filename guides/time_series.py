@@ -36,7 +36,7 @@ KEY_DIM = 16
 LONGEST = 64  # readings of the longest series in the training
 NUM_SERIES = 2048
 NUM_TEST_SERIES = 256
-EPOCHS = 8
+EPOCHS = 16
 BATCH_SIZE = 64
 LONG = 8192  # readings of the series for which the time is measured
 
@@ -177,15 +177,19 @@ assert difference < 1e-4
 If missing readings should count as time that passes, do not mask them: give them as zeros, and a
 further feature that is 1 where a reading is missing.
 
-`Masking` needs a value that stands for "missing". Where your data comes with a separate mask, pass
-it to the layer: true for readings that are there. What the other places hold does not matter then,
-not even NaN.
+`Masking` needs a value that stands for "missing". Where your data comes with a separate mask, make
+it an input of the model and pass it to the layer: true for readings that are there. What the other
+places hold does not matter then, not even NaN.
 """
 
-mask = (with_gaps != MISSING).any(axis=-1)
-layer = keras_hla.layers.HLA(num_heads=1, key_dim=8)
-with_nan = np.where(mask[..., None], with_gaps, np.nan)
-outputs = keras.ops.convert_to_numpy(layer(with_nan, mask=keras.ops.convert_to_tensor(mask)))
+inputs = keras.Input((None, 2), name="readings")
+mask = keras.Input((None,), dtype="bool", name="mask")
+outputs = keras_hla.layers.HLA(NUM_HEADS, KEY_DIM)(inputs, mask=mask)
+model_with_mask = keras.Model([inputs, mask], outputs)
+
+there = (with_gaps != MISSING).any(axis=-1)
+with_nan = np.where(there[..., None], with_gaps, np.nan)
+outputs = model_with_mask.predict_on_batch([with_nan, there])
 assert np.isfinite(outputs).all()
 
 """
