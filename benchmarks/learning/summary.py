@@ -1,8 +1,8 @@
-"""The picture of the README: what second order, first order and their peers learn.
+"""The plot of the README: what second order, first order and their peers learn.
 
     python -m benchmarks.learning.summary docs/evidence
 
-reads the records in the folder, and draws `summary.png` there.
+reads the records in the folder, and saves `summary.png` there.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from benchmarks.learning.report import Line, lines, spread
 
 
 class Panel(NamedTuple):
-    """What is shown of a task: its mixers, as records name them and as the picture does."""
+    """How a task is shown: its mixers, by their names in the records and in the plot."""
 
     metric: str
     title: str
@@ -25,11 +25,11 @@ class Panel(NamedTuple):
 PANELS = {
     "language": Panel(
         "bits",
-        "language: bits a byte",
+        "language: bits per byte",
         "bytes of context, trained at 512",
         {
             "hla2+rope+decay+conv": "hla2",
-            "linear+rope+decay+conv/hla2+rope+decay+conv": "linear and hla2 in turn",
+            "linear+rope+decay+conv/hla2+rope+decay+conv": "alternating linear and hla2",
             "linear+rope+decay+conv": "linear",
             "softmax+conv": "softmax attention",
         },
@@ -40,7 +40,7 @@ PANELS = {
         "tokens / pairs, trained up to 256 / 64",
         {
             "hla2+conv": "hla2",
-            "linear+conv/hla2+conv": "linear and hla2 in turn",
+            "linear+conv/hla2+conv": "alternating linear and hla2",
             "linear+conv": "linear",
             "delta": "gated delta rule",
             "softmax+conv": "softmax attention",
@@ -67,7 +67,7 @@ COLORS = {
 
 
 def save(folder):
-    """Draws the picture, and returns its path."""
+    """Saves the plot, and returns its path."""
     import matplotlib
 
     matplotlib.use("agg")
