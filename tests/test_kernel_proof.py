@@ -1,7 +1,7 @@
-"""Kernels prove themselves on a GPU on which they were not measured, or the portable path is taken.
+"""On an unmeasured GPU kernels are checked, or the portable implementation is used.
 
-The GPU is feigned. Under PyTorch the kernels are interpreted, under JAX, which cannot, others are
-in their place.
+The GPU is simulated. Under PyTorch the kernels are interpreted. JAX cannot do that: portable
+functions replace them.
 """
 
 import re
@@ -26,7 +26,7 @@ AGREED = (
 
 @pytest.fixture(autouse=True)
 def examined(monkeypatch):
-    """A GPU that is not known, without memory of proofs; the dtypes of those that were run."""
+    """An unknown GPU, with no verdicts remembered; the dtypes of the checks that were run."""
     if ON_TORCH:
         import torch
 
@@ -57,7 +57,7 @@ def spoil_gradients(x):
 
 @pytest.fixture(params=[pytest.param(lambda x: x, id="right")])
 def feigned(request, monkeypatch):
-    """Portable kernels of the operators, the outputs of which are changed; none of the stages."""
+    """Portable kernels of the operators, whose outputs are changed; none for the stages."""
     evaluate = small_cases.evaluate
 
     def feign(*arguments, implementation, **options):
@@ -90,7 +90,7 @@ def choose(**options):
 
 
 def of_trust(warned):
-    """How many of the warnings are of kernels that is evaluated by the portable implementation."""
+    """The number of warnings that kernels are replaced by the portable implementation."""
     return sum("is evaluated by the portable implementation" in str(x.message) for x in warned)
 
 

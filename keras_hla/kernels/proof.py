@@ -75,7 +75,7 @@ def prove(operator, dtype, dims, decays, place):
         dtype: name of the dtype of query, key and value.
         dims: sizes of a key and of a value, for which kernels are compiled.
         decays: whether there are log-decays.
-        place: the GPU, as `device.place_of` tells.
+        place: the GPU, as `device.place_of` returns it.
     """
     verdict = _verdict(place, OperatorKernels(dtype, dims, decays, operator))
     if verdict.proven and stages.are_fused("triton"):

@@ -16,8 +16,8 @@ class Stage(NamedTuple):
     `function` has `evaluate`, `gradients` and `reads` as a `KernelFunction` has. `tensors` are
     pairs of the name of an argument and the number of a tensor; `results` are numbers.
 
-    The gradients of later stages read results. With `recompute` the results are not kept until
-    then but computed again, for stages that are cheap.
+    The gradients of later stages read results. With `recompute`, which is for cheap stages, the
+    results are not kept until then but rematerialized.
     """
 
     function: Any

@@ -125,8 +125,8 @@ class Recording:
         """The gradients of the tensors in order, from that of the output of a call."""
         if not self._call or self._call() is not call:
             raise RuntimeError(
-                "The gradients of a layer were asked for a second time, after it had computed "
-                "other outputs, which took the place of what the gradients need. Call "
+                "The gradients of a layer were computed a second time after the layer had other "
+                "outputs, which overwrote what the gradients need. Call "
                 "`keras_hla.kernels.disable_cuda_graphs()` before the layer is called."
             )
         call.end()

@@ -1,7 +1,7 @@
 """Kernels under JAX on arrays that are split over devices.
 
 XLA cannot see that the rows of a kernel, of batch and heads, are independent, and would gather
-all of them on each device. `custom_partitioning` tells it.
+all of them on each device. `custom_partitioning` declares it.
 """
 
 from collections.abc import Callable
