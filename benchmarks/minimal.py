@@ -1,4 +1,4 @@
-"""The chunked form with nothing around it: the base for the overhead of the portable path.
+"""The chunked form with nothing around it: the base for the overhead of the portable operators.
 
 It has no decay, no mask and no states. Each of the three backends has its own version; a pass is
 two masked products and the sums of the chunks before.

@@ -56,7 +56,7 @@ def spoil_gradients(x):
 
 
 @pytest.fixture(params=[pytest.param(lambda x: x, id="right")])
-def feigned(request, monkeypatch):
+def simulated(request, monkeypatch):
     """Portable kernels of the operators, whose outputs are changed; none for the stages."""
     evaluate = small_cases.evaluate
 
@@ -80,7 +80,7 @@ WRONG = {
     "gradients": spoil_gradients,
     "no numbers": lambda x: float("nan") * x,
 }
-wrong = pytest.mark.parametrize("feigned", WRONG.values(), ids=WRONG, indirect=True)
+wrong = pytest.mark.parametrize("simulated", WRONG.values(), ids=WRONG, indirect=True)
 KINDS = 1 + ON_TORCH  # the kernels of the operator, and those of the stages
 
 
@@ -179,15 +179,15 @@ def test_each_kind_is_proven(examined):
 
 
 @wrong
-@pytest.mark.usefixtures("feigned")
+@pytest.mark.usefixtures("simulated")
 def test_what_differs_is_refused(examined):
     with pytest.warns(UserWarning, match="is evaluated by the portable implementation") as warned:
         assert choose().implementation == choose().implementation == "portable"
     assert of_trust(warned) == len(examined) == 1
 
 
-@pytest.mark.parametrize("feigned", [WRONG["outputs"]], ids=["outputs"], indirect=True)
-@pytest.mark.usefixtures("feigned")
+@pytest.mark.parametrize("simulated", [WRONG["outputs"]], ids=["outputs"], indirect=True)
+@pytest.mark.usefixtures("simulated")
 def test_another_gpu_of_the_kind_is_not_warned_of_again(monkeypatch, examined):
     with pytest.warns(UserWarning, match="is evaluated by the portable implementation") as warned:
         refused = choose()
@@ -279,7 +279,7 @@ def test_within_what_torch_compiles(rng, examined):
 
 
 @on_jax
-@pytest.mark.usefixtures("feigned")
+@pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize("trace", ["jit", "grad", "vmap", "jit of grad of vmap", "checkpoint"])
 def test_within_what_jax_traces(trace, examined):
     import jax
@@ -304,8 +304,8 @@ def test_within_what_jax_traces(trace, examined):
 
 
 @on_jax
-@pytest.mark.parametrize("feigned", [WRONG["gradients"]], ids=["gradients"], indirect=True)
-@pytest.mark.usefixtures("feigned")
+@pytest.mark.parametrize("simulated", [WRONG["gradients"]], ids=["gradients"], indirect=True)
+@pytest.mark.usefixtures("simulated")
 def test_what_differs_is_found_within_a_trace(rng, examined):
     import jax
 
