@@ -1,9 +1,14 @@
 """Measures the package beside its peers, on one backend; prints a table, saves a CSV and a PNG.
 
-By default the operators alone: forward, and forward with the gradients of queries, keys and values.
-With --layers the training step of blocks, layers and models, with --streaming a token that is
-written. Results are checked before they are timed, and on a GPU that the kernels ran which were
-announced; where that fails there is no time, and the exit status is 1.
+The default measures the operators alone: forward, and forward with the gradients of queries, keys
+and values. --layers measures a training step of blocks, layers and models; --streaming measures the
+generation of one token. Results are checked before they are timed. On a GPU it is also checked that
+the expected kernels ran. A result that fails a check has no time, and the exit status is 1.
+
+Columns of the tables: median milliseconds with the quartiles in brackets; "ratio", the time of the
+last column as a multiple of that in the first row; "MB", memory that a call needs besides its
+arguments; "output error" and "gradient error", the largest relative errors; and "implementation",
+what computed the result.
 """
 
 import os
@@ -20,62 +25,96 @@ def parse(argv):
     command = parser("benchmarks", __doc__)
     add = command.add_argument
     add("--backend", choices=("tensorflow", "jax", "torch"), required=True)
-    add("--device", choices=("cpu", "gpu"), help="default: a GPU where the backend finds one")
+    add("--device", choices=("cpu", "gpu"), help="default: gpu if the backend finds one, else cpu")
     add(
         "--layers",
         type=names,
         nargs="?",
         const=list(KINDS),
         metavar="KINDS",
-        help="the training step of HLA and peers; of blocks,layers,models (default: all)",
+        help="measure a training step of HLA and its peers, for blocks,layers,models "
+        "(default: all three)",
     )
-    add("--streaming", action="store_true", help="a token from a state, a prefix and a cache")
+    add(
+        "--streaming",
+        action="store_true",
+        help="measure generation of one token: from a state, a whole prefix, and a key-value cache",
+    )
     add(
         "--shapes",
         type=names,
-        help="batch x heads x length x dim [x value_dim], as in 8x16x8192x64,1x4x4096x64; "
-        "the width of layers is heads x dim (default: 1x4x4096x64, on a GPU larger)",
+        help="batch x heads x length x dim [x value_dim], such as 8x16x8192x64,1x4x4096x64; "
+        "layers have the width heads x dim (default: 1x4x4096x64, larger on a GPU)",
     )
-    add("--dtypes", type=names, help="default: float32, on a GPU bfloat16")
-    add("--operators", type=names, default=["hla2"], help="default: hla2")
-    add("--decay", action="store_true", help="of operators: 0.9 to 1 for each head and token")
-    add("--implementations", type=names, default=[], help="of ours: auto,portable,triton")
-    add("--peers", type=names, help="names, or none; default: all")
-    add("--contexts", type=names, default=["512", "2048", "8192", "32768"], help="of caches")
-    add("--tokens", type=int, default=1_000_000, help="length of the stream of HLA")
-    add("--seconds", type=float, default=2.0, help="for each time (default: 2)")
+    add("--dtypes", type=names, help="dtypes to measure (default: float32, on a GPU bfloat16)")
+    add(
+        "--operators",
+        type=names,
+        default=["hla2"],
+        help=f"of {','.join(OPERATORS)} (default: hla2)",
+    )
+    add(
+        "--decay",
+        action="store_true",
+        help="decays of 0.9 to 1 for each head and token; for operators",
+    )
+    add(
+        "--implementations",
+        type=names,
+        default=[],
+        help="implementations of keras_hla to measure, of auto,portable,triton (default: auto)",
+    )
+    add("--peers", type=names, help="names of the peers to measure, or none (default: all)")
+    add(
+        "--contexts",
+        type=names,
+        default=["512", "2048", "8192", "32768"],
+        help="with --streaming: lengths of prefixes and caches in tokens",
+    )
+    add(
+        "--tokens",
+        type=int,
+        default=1_000_000,
+        help="with --streaming: length of the HLA stream in tokens",
+    )
+    add("--seconds", type=float, default=2.0, help="seconds to spend on each time (default: 2)")
     add(
         "--jit",
         choices=("auto", "on", "off"),
         default="auto",
-        help="torch.compile or XLA; auto is XLA, and with PyTorch for blocks on a GPU both ways",
+        help="compile with torch.compile or XLA; auto is on for XLA and off for PyTorch, where "
+        "blocks on a GPU are measured both ways",
     )
     add(
         "--process-memory",
         action="store_true",
-        help="on a CPU: what a step adds to the peak of a fresh process (takes long)",
+        help="on a CPU: memory that a step adds to the peak of a fresh process (slow)",
     )
-    add("--output", type=Path, help="folder for the CSV and the PNG")
+    add(
+        "--output",
+        type=Path,
+        help="folder for the CSV file and the PNG plot (default: none are saved)",
+    )
     arguments = command.parse_args(argv)
     for operator in arguments.operators:
         if operator not in OPERATORS:
-            command.error(f"--operators are of {', '.join(OPERATORS)}, not {operator}")
+            command.error(f"--operators must be of {', '.join(OPERATORS)}. Received: {operator!r}")
     for kind in arguments.layers or []:
         if kind not in KINDS:
-            command.error(f"--layers are of {', '.join(KINDS)}, not {kind}")
+            command.error(f"--layers must be of {', '.join(KINDS)}. Received: {kind!r}")
     if arguments.layers and arguments.decay:
-        command.error("--decay is for operators: layers are measured without and with it")
+        command.error("--decay is for operators. --layers measures with and without decay anyway.")
     if arguments.layers and any(shape.count("x") != 3 for shape in arguments.shapes or []):
-        command.error("with --layers --shapes are batch x heads x length x dim")
+        command.error("With --layers, --shapes must be batch x heads x length x dim.")
     return arguments
 
 
 def choose_backend(backend, device):
-    """Before Keras is imported."""
+    """Sets the environment; to be called before Keras is imported."""
     os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # The allocator of glibc before 2.38 does not use again what torch frees, unless it is told to
-    # give large blocks back. Read by the processes that measure memory.
+    # The allocator of glibc before 2.38 does not reuse memory that torch frees, unless it returns
+    # large blocks to the system. The processes that measure memory read this.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
@@ -91,14 +130,14 @@ def main(argv=None):
 
     backend = runtime.current()
     if arguments.device == "gpu" and not backend.on_gpu():
-        print(f"{arguments.backend} finds no GPU.", file=sys.stderr)
+        print(f"{arguments.backend} found no GPU.", file=sys.stderr)
         return 2
-    print(f"{arguments.backend} on {backend.device_name()}: median milliseconds [quartiles]")
+    print(f"{arguments.backend} on {backend.device_name()}. Times: median [quartiles] in ms.")
     rows = []
     for part in measure(arguments, backend.on_gpu()):
         print_table(part)
         rows += part
-        save(rows, arguments, backend.device_name())  # all so far: a run may be cut off
+        save(rows, arguments, backend.device_name())  # all rows so far, as a run may be interrupted
     return int(any(row.failed for row in rows))
 
 
@@ -145,7 +184,7 @@ def save(rows, arguments, device):
     try:
         save_bars(rows, f"{path}.png", f"{arguments.backend} on {device}")
     except ImportError as error:
-        print(f"No picture: {error}")
+        print(f"No plot was saved: {error}")
 
 
 if __name__ == "__main__":

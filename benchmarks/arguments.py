@@ -1,10 +1,10 @@
-"""What the commands of the benchmarks have in common."""
+"""Command-line arguments that the benchmarks share."""
 
 import argparse
 
 
 def parser(command, description):
-    """A parser whose help shows a description as it is written."""
+    """A parser whose help keeps the line breaks of the description."""
     return argparse.ArgumentParser(
         prog=f"python -m {command}",
         description=description,

@@ -1,4 +1,4 @@
-"""A language model of causal attention that writes with a key-value cache: the peer of a state."""
+"""A language model of causal attention with a key-value cache: the peer of a state."""
 
 import keras
 from keras import layers, ops
@@ -73,7 +73,7 @@ class CachedModel:
         return [ops.zeros((2, heads, context, dim)) for _ in self.blocks]
 
     def write(self, token, caches, positions):
-        """Draws the likeliest token after token, at each of the positions."""
+        """Generates the most likely token at each of the positions."""
         return self._scan((token, *caches), (positions,))[0]
 
     def _step(self, state, entries):

@@ -1,20 +1,20 @@
-"""What is measured: shapes, dtypes, and the numbers in them."""
+"""The cases that are measured: shapes, dtypes, and arrays."""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-KINDS = ("blocks", "layers", "models")  # of `--layers`, the headline first
-# By default: on a CPU, and on a GPU.
+KINDS = ("blocks", "layers", "models")  # of `--layers`, the most important first
+# The defaults on a CPU, and on a GPU.
 SHAPES = {
     "operators": (["1x4x4096x64"], ["8x16x8192x64"]),
     "layers": (["1x4x4096x64"], ["16x12x2048x64", "4x12x8192x64"]),
     "blocks": (["1x4x4096x64"], ["16x12x2048x64", "4x12x8192x64"]),
     "models": (["1x4x512x64"], ["8x12x2048x64"]),
 }
-# Of models: one with which a vocabulary costs little, and one as models of text have.
+# Of models: one that costs little, and one of the size that text models have.
 VOCABULARIES = ([1_000], [256, 32_000])
-SHORT = 300  # tokens at which gradients are held to length x length matrices
+SHORT = 300  # tokens at which gradients are checked against length x length matrices
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Case:
         """From `batch x heads x length x dim [x value_dim]`, as in `8x16x8192x64`."""
         sizes = [int(size) for size in text.split("x")]
         if len(sizes) not in (4, 5) or min(sizes) < 1:
-            raise ValueError(f"a shape is batch x heads x length x dim [x value_dim], not {text!r}")
+            raise ValueError(
+                f"A shape must be batch x heads x length x dim [x value_dim]. Received: {text!r}"
+            )
         batch, heads, length, dim = sizes[:4]
         return cls(batch, heads, length, dim, value_dim=sizes[-1], **options)
 

@@ -1,4 +1,4 @@
-"""Who is measured: our operators, and the peers on the backend in use.
+"""What is measured: the operators of keras_hla, and their peers on the backend in use.
 
 A contender's function takes query, key and value, `(batch, length, heads, dim)`, and the log-decay
 where the case has one.
@@ -16,12 +16,12 @@ from keras_hla.ops import higher_order_attention
 @dataclass(frozen=True)
 class Contender:
     name: str
-    operator: str  # what it computes, to which it is held: an operator, or "softmax"
+    operator: str  # what it computes and is checked against: an operator, or "softmax"
     function: Callable | None = None
-    unavailable: str = ""  # why there is no function
+    unavailable: str = ""  # why it cannot be measured
     ours: bool = False
-    peer: str = ""  # what `--peers` calls it
-    implementation: str = ""  # of ours, where one is asked for
+    peer: str = ""  # its name in `--peers`
+    implementation: str = ""  # of keras_hla, if one was requested
 
 
 def choose(case, operators, implementations, peers):

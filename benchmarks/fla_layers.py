@@ -1,4 +1,4 @@
-"""Layers of flash-linear-attention, with as many heads of the same size as ours."""
+"""Layers of flash-linear-attention, with the number and the size of heads of the HLA layers."""
 
 from functools import partial
 

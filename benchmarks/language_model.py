@@ -1,4 +1,4 @@
-"""Language models of blocks, and a step of their training: what a user's training loop runs."""
+"""Language models of blocks, and a step of their training: as a user's training loop runs it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,7 +34,7 @@ def text(case):
 def of_keras(make_block, case, jit):
     """`train_on_batch` of a model with Adam, and the list of its blocks.
 
-    The announcement is empty, and for the caller to fill.
+    The caller fills in the announcement, which is empty.
     """
     dtype = policy(case)
     tokens = keras.Input((None,), dtype="int32")

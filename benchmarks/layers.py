@@ -1,6 +1,6 @@
 """The training step of a layer or block: forward, and the gradients of the input and all weights.
 
-Without an optimizer. The width of the layer is heads times dim, that of the input as well.
+There is no optimizer. The layer and its input have the width heads times dim.
 """
 
 import time
@@ -38,7 +38,7 @@ def measure(kind, case, which, options):
                     (kind, name, case.short(), which, options.jit),
                     (kind, name, case, which, options.jit),
                 )
-        except Exception as error:  # whatever a peer raises is why it has no time
+        except Exception as error:  # any exception of a peer is the note of its row
             row.give_up(error, failed=trainee.ours)
             continue
         sets = runtime.calls(backend, [arguments])
@@ -52,7 +52,7 @@ def measure(kind, case, which, options):
 
 
 def _checked(trainee, case, row):
-    """The function to be timed and its arguments, unless the row says that it is wrong."""
+    """The function to be timed and its arguments; nothing if the result is wrong."""
     step = trainee.build(case)
     call, arguments = training_step(step, case, trainee.jit)
     if trainee.jit == "on":
@@ -65,14 +65,14 @@ def _checked(trainee, case, row):
 
 
 def _compile(call, arguments):
-    """Compiles a step, and refuses one that is compiled anew at each call, which takes minutes."""
+    """Compiles a step; raises if each call compiles it again, which takes minutes."""
     seconds = []
     for _ in range(2):
         begin = time.perf_counter()
         runtime.current().time_calls(call, [arguments])
         seconds.append(time.perf_counter() - begin)
     if seconds[1] > max(LONG, seconds[0] / 5):
-        raise RuntimeError(f"compiled anew at each call, which takes {seconds[1]:.1f} s")
+        raise RuntimeError(f"compiled again at each call, which takes {seconds[1]:.1f} s")
 
 
 def training_step(step, case, jit):

@@ -1,10 +1,10 @@
-"""Time and memory of a training step on a long sequence, against `remat_length`.
+"""Time and memory of a training step on a long sequence, by `remat_length`.
 
     python -m benchmarks.long_sequence --backend jax
 
 One layer of 4 heads of 64 over 256 features, batch 1, float32. Each row is a
-process of its own, and its memory is the most that the process ever held:
-Keras, the backend and the data included.
+fresh process. Its memory is the peak of the whole process, with Keras, the
+backend and the data.
 """
 
 import argparse
@@ -21,8 +21,8 @@ parser.add_argument("--remat-lengths", type=int, nargs="+", default=[0, 4096, 81
 arguments = parser.parse_args()
 os.environ["KERAS_BACKEND"] = arguments.backend
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# The allocator of glibc before 2.38 does not use again what torch frees, unless it is told to
-# give large blocks back. Read by the processes that are started below.
+# The allocator of glibc before 2.38 does not reuse memory that torch frees, unless it returns large
+# blocks to the system. The processes that are started below read this.
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")
 
 import keras  # noqa: E402  # Keras reads the backend when it is imported.
@@ -58,7 +58,7 @@ def main():
             seconds, peak = in_fresh_process(measure, options, remat_length or None)
             print(
                 f"  {name:11}  remat_length={remat_length or None!s:6}  {seconds:6.2f} s"
-                f"  {peak:6,.0f} MB in all",
+                f"  {peak:6,.0f} MB peak memory of the process",
                 flush=True,
             )
 

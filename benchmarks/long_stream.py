@@ -1,4 +1,4 @@
-"""The operator token by token on a long stream: its time, and its distance from float64."""
+"""The operator token by token on a long stream: its time, and its error against float64."""
 
 from keras import ops
 import numpy as np

@@ -1,10 +1,10 @@
-"""Memory of a CPU process, which no backend tells."""
+"""Memory of a CPU process, which no backend reports."""
 
 import multiprocessing
 
 
 def resident(field="VmRSS"):
-    """`VmRSS` or, for the peak, `VmHWM`, in MB; NaN on systems that do not tell."""
+    """`VmRSS` or, for the peak, `VmHWM`, in MB; NaN on systems that do not report it."""
     try:
         with open("/proc/self/status", encoding="utf-8") as status:
             (line,) = (line for line in status if line.startswith(field))
@@ -14,7 +14,7 @@ def resident(field="VmRSS"):
 
 
 def in_fresh_process(function, *arguments):
-    """Calls a function of a module's top level in a process of its own."""
+    """Calls a function of a module's top level in a fresh process."""
     with multiprocessing.get_context("spawn").Pool(1) as processes:
         return processes.apply(function, arguments)
 

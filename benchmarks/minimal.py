@@ -1,7 +1,7 @@
-"""The chunked form with nothing around it: what the portable path's overhead is measured against.
+"""The chunked form with nothing around it: the base for the overhead of the portable operators.
 
-No decay, no masks, no states in or out. The three backends say the same in their own words; a
-chain is two masked products and the sums of the chunks before.
+It has no decay, no mask and no states. Each of the three backends has its own version; a pass is
+two masked products and the sums of the chunks before.
 """
 
 from benchmarks import chains

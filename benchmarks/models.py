@@ -1,4 +1,4 @@
-"""A training step of whole models: tokens in, the loss of the next ones, and Adam."""
+"""A training step of language models: next-token loss, and Adam."""
 
 import math
 
@@ -30,7 +30,7 @@ def measure(case, which, options):
             training.announced.confirm(backend.kernels(training.step, ()))
             row.implementation = training.announced.text
             row.megabytes = backend.added_memory(training.step, ())
-        except Exception as error:  # whatever a peer raises is why it has no time
+        except Exception as error:  # any exception of a peer is the note of its row
             row.give_up(error, failed=trainee.ours)
             continue
         samples[name] = lambda step=training.step: backend.time_calls(step, calls)
@@ -47,7 +47,7 @@ def measure(case, which, options):
 
 
 def _first_loss(step, vocabulary):
-    """That of a model which knows nothing yet."""
+    """Checks that the first loss is that of an untrained model."""
     loss = step()
     if not abs(loss - math.log(vocabulary)) < 1:
         raise ValueError(f"the first loss is {loss:.3f}, not about {math.log(vocabulary):.3f}")

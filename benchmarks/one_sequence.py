@@ -1,10 +1,11 @@
-"""One sequence on several devices beside one device: time, memory, and whether they agree.
+"""Context parallelism: one sequence on several devices, compared with one device.
 
     python -m benchmarks.one_sequence --backend jax
 
 The operator, with decays, forward and backward, on 1, 2, ... devices of one host: all GPUs, or
-virtual CPU devices where there are none. Each has an equal part of the sequence. Results and
-gradients of several devices are held to those of one.
+virtual CPU devices where there are none. Each device holds a shard of equal length. Results and
+gradients are compared with those of one device. Prints the time of a step, tokens per second, the
+speedup over the first row, the memory of each device, and the largest relative difference.
 """
 
 import os
@@ -20,8 +21,18 @@ def parse(argv=None):
     command = parser("benchmarks.one_sequence", __doc__)
     add = command.add_argument
     add("--backend", choices=("jax", "torch"), default="jax")
-    add("--devices", type=names, default=["1", "2"], help="numbers of devices (default: 1,2)")
-    add("--length", type=int, default=1 << 20, help="tokens in all (default: 1048576)")
+    add(
+        "--devices",
+        type=names,
+        default=["1", "2"],
+        help="numbers of devices to compare (default: 1,2)",
+    )
+    add(
+        "--length",
+        type=int,
+        default=1 << 20,
+        help="tokens of the whole sequence (default: 1048576)",
+    )
     add("--heads", type=int, default=16)
     add("--dim", type=int, default=64)
     add("--operator", default="hla2")
@@ -36,8 +47,8 @@ def parse(argv=None):
 
 
 def attend(arguments, inputs, context_parallel):
-    """The output for query, key, value and log-decay, of the whole sequence or of a part."""
-    from keras_hla.ops import higher_order_attention  # when the backend is chosen
+    """The output for query, key, value and log-decay, of the whole sequence or of a shard."""
+    from keras_hla.ops import higher_order_attention  # once the backend is chosen
 
     query, key, value, log_decay = inputs
     return higher_order_attention(
@@ -56,12 +67,12 @@ def report(arguments, rows):
     first = None
     for count, kind, seconds, memory, differences in rows:
         first = first or seconds
-        shown = "" if memory is None else f"  {memory / 1e6:8,.0f} MB each"
+        shown = "" if memory is None else f"  {memory / 1e6:8,.0f} MB per device"
         worst = max(differences)
         print(
             f"{arguments.backend}, {count} devices ({kind}): {1e3 * seconds:9.2f} ms "
-            f" {arguments.length / seconds:12,.0f} tokens/s  {first / seconds:5.2f} times{shown}"
-            f"  largest difference {worst:.1e}",
+            f" {arguments.length / seconds:12,.0f} tokens/s  {first / seconds:5.2f}x speedup{shown}"
+            f"  largest relative difference {worst:.1e}",
             flush=True,
         )
         limit = 1e-5 if arguments.dtype == "float32" else 1e-2
@@ -74,7 +85,7 @@ def relative(x, y):
 
 
 def median_time(step, wait):
-    """Seconds of a step, each from when all is done before to when it is."""
+    """Median seconds of a step, from an idle device until the step is complete."""
     seconds = []
     for _ in range(REPEATS):
         wait()

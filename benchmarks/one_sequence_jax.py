@@ -1,4 +1,4 @@
-"""One sequence on several devices, under JAX: see `one_sequence.py`."""
+"""Context parallelism under JAX: see `one_sequence.py`."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def run(arguments):
 
 
 def draw(arguments):
-    """Query, key, value, log-decay, and what the output is weighted by."""
+    """Query, key, value, log-decay, and the weights of the output in the loss."""
     shape = 1, arguments.length, arguments.heads, arguments.dim
     *keys, last = jax.random.split(jax.random.key(0), 5)
     query, key, value, weights = (jax.random.normal(x, shape, arguments.dtype) for x in keys)
@@ -42,7 +42,7 @@ def draw(arguments):
 
 
 def step(arguments, mesh, part):
-    """The output and the gradients of the others."""
+    """The output, and the gradients of the inputs."""
 
     def own(*inputs):
         return attend(arguments, inputs, "parts" if mesh.size > 1 else None)

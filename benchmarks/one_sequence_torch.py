@@ -1,4 +1,4 @@
-"""One sequence on several devices, under PyTorch: see `one_sequence.py`."""
+"""Context parallelism under PyTorch: see `one_sequence.py`."""
 
 from pathlib import Path
 import tempfile
@@ -56,7 +56,7 @@ def _process(rank, count, folder, arguments):
 
 
 def draw(arguments):
-    """Query, key, value, log-decay, and what the output is weighted by."""
+    """Query, key, value, log-decay, and the weights of the output in the loss."""
     rng = np.random.default_rng(0)
     shape = 1, arguments.length, arguments.heads, arguments.dim
     dtype, scale = getattr(torch, arguments.dtype), arguments.dim**-0.5
@@ -68,7 +68,7 @@ def draw(arguments):
 
 
 def step(arguments, tensors, group):
-    """The output and the gradients of the others."""
+    """The output, and the gradients of the inputs."""
     *inputs, weights = tensors
     inputs = [x.detach().requires_grad_() for x in inputs]
     output = attend(arguments, inputs, group)

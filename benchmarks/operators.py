@@ -1,4 +1,4 @@
-"""Each contender on each case: held to the definition first, then timed."""
+"""Each contender on each case: checked against the definition first, then timed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from benchmarks import contenders, memory, reference, runtime, timing
 from benchmarks.chains import CHAINS
 from benchmarks.report import Row
 
-# Largest relative errors. GPUs multiply float32 with 10 bits of mantissa, unless told otherwise.
+# Largest relative errors. By default GPUs multiply float32 with 10 bits of mantissa.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2, "float64": 1e-10}
 GPU_TOLERANCE = {**TOLERANCE, "float32": 1e-2}
 
@@ -67,7 +67,7 @@ def _checked(case, contender, tensors, options, row):
         row.megabytes = backend.added_memory(calls[1], tensors)
         if row.megabytes is None and options.process_memory:
             row.megabytes = _process_memory(case, contender, options.jit)
-    except Exception as error:  # whatever a peer raises is why it has no time
+    except Exception as error:  # any exception of a peer is the note of its row
         row.give_up(error, failed=contender.ours)
         return None
     return calls

@@ -1,4 +1,4 @@
-"""`HLA` and `HLADecoderBlock`, held to the loop of the cell and to portable copies in float32."""
+"""`HLA` and `HLADecoderBlock`, checked against the cell and portable copies in float32."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from benchmarks import language_model, reference, runtime
 from benchmarks.trainees import Announced, Trainee, keras_step, policy, width
 from keras_hla.layers import HLA, HLADecoderBlock
 
-TOKENS = 64  # at which HLA is held to the loop of its cell
+TOKENS = 64  # at which HLA is checked against the loop of its cell
 VARIANTS = {
     "": {},  # the defaults
     ", plain": {"decay": None, "conv_kernel_size": None},
@@ -80,19 +80,19 @@ def _model(operator, implementation, case, jit):
 
 
 def _announced(mixer, case):
-    """By what `auto` chooses for inputs of the shape, which the kernels that run must confirm."""
+    """The choice of `auto` for inputs of the shape, which the kernels that run must confirm."""
     x = ops.zeros((case.batch, case.length, width(case)), mixer.compute_dtype)
     implementation, reason = mixer.implementation_for(x)
     return Announced(f"{implementation} ({reason})", _sign(), implementation == "triton")
 
 
 def _sign():
-    """How the names of the operator's kernels start: of Triton's, or of JAX' calls of them."""
+    """The prefix of the names of the operator's kernels: Triton's, or JAX's calls of them."""
     return {"torch": "forward_kernel", "jax": "triton_kernel_call"}.get(keras.config.backend(), "")
 
 
 def _errors(layer, case, announced, call, arguments, jit):
-    """Of a portable copy in float32 beside its cell; and of the step that is timed beside that."""
+    """Relative errors: of a float32 portable copy against its cell, and of the timed step."""
     copy = _portable_copy(layer, case)
     errors = {"output": _difference_from_cell(copy, case)}
     if (announced.present, case.dtype, jit) == (False, "float32", "auto"):  # which is the copy

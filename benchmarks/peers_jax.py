@@ -12,7 +12,7 @@ CHUNK = 64
 
 
 def peers(case, operators):
-    """All of them, those that cannot run here too."""
+    """All peers, also those that cannot run here."""
     found = minimal_peers(case, operators, minimal)
     if on_gpu():
         found.append(Contender("jax cudnn", "softmax", _attention("cudnn"), peer="jax_cudnn"))

@@ -15,7 +15,7 @@ CHUNK = 64
 
 
 def peers(case, operators):
-    """All of them, those that are not installed too."""
+    """All peers, also those that are not installed."""
     found = minimal_peers(case, operators, minimal)
     found += [peer for operator in _with_first_order(operators) for peer in _fla(case, operator)]
     for name, backend in (
@@ -69,7 +69,7 @@ def _with_first_order(operators):
 
 
 def _fla(case, operator):
-    """The chain by kernels of flash-linear-attention: by those without decay and those with it."""
+    """The chain by kernels of flash-linear-attention, without and with decay."""
     if not chains.plain(operator):
         return []
     count = len(chains.CHAINS[operator])

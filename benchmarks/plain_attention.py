@@ -1,4 +1,4 @@
-"""Attention and its block written in PyTorch or JAX alone, held to float64 NumPy.
+"""Attention and its block written in PyTorch or JAX alone, checked against float64 NumPy.
 
 One product for queries, keys and values, the rotation by position, the framework's fused attention
 and one product for the output; the block has norms before it and the MLP of `HLADecoderBlock`.
@@ -68,7 +68,7 @@ def _weights(names, case):
 
 
 def _errors(form, names, case, call, arguments, jit):
-    """Of outputs on a short case."""
+    """The relative error of outputs on a short case."""
     del call, arguments, jit
     short, backend = case.short(), runtime.current()
     x = np.random.default_rng(3).standard_normal((short.batch, short.length, width(short)))

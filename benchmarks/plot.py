@@ -1,4 +1,4 @@
-"""What was measured, as a picture: a row of bars for each case."""
+"""Plots the times: a row of bars for each case."""
 
 
 def save_bars(rows, path, title):
@@ -25,7 +25,7 @@ def save_bars(rows, path, title):
     for ax, (case, members) in zip(axes[:, 0], cases.items(), strict=True):
         _bars(ax, members)
         ax.set_title(case, loc="left", fontsize="medium")
-    axes[-1, 0].set_xlabel("milliseconds; lines are quartiles")
+    axes[-1, 0].set_xlabel("milliseconds (median; lines are quartiles)")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)

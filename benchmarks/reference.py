@@ -1,4 +1,4 @@
-"""What the operators and softmax attention are, in float64 NumPy and without code of the package.
+"""The definition of the operators and softmax attention, in float64 NumPy, without package code.
 
 `by_matrices` has the definition with its length x length matrices, and the gradients by the
 formulas for products of matrices. `on_long_sequence` has outputs of one head by a recurrence over
@@ -113,7 +113,7 @@ def _by_chunks(a, b, c, log_decay, step):
 
 
 def _softmax(q, k):
-    """The causal weights of the last queries, scaled by dim**-0.5."""
+    """The causal attention weights of the last queries, scaled by dim**-0.5."""
     scores = q @ _t(k) * q.shape[-1] ** -0.5
     rows, columns = scores.shape[-2:]
     scores = np.where(np.tri(rows, columns, columns - rows, dtype=bool), scores, -np.inf)
@@ -122,7 +122,7 @@ def _softmax(q, k):
 
 
 def _rotate(x, cosines, sines):
-    """Turns each feature of the first half with that of the second, as a complex number."""
+    """Rotates each feature of the first half with that of the second, as a complex number."""
     real, imaginary = np.split(x, 2, axis=-1)
     turned = (real + 1j * imaginary) * np.split(cosines + 1j * sines, 2, axis=-1)[0]
     return np.concatenate([turned.real, turned.imag], axis=-1)

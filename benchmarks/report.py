@@ -1,4 +1,4 @@
-"""What was measured, as a table and as a file."""
+"""Prints results as a table, and saves them as a CSV file."""
 
 import csv
 from dataclasses import dataclass, field
@@ -9,15 +9,15 @@ class Row:
     """One contender on one case.
 
     Args:
-        case: what was measured, in words.
+        case: description of the case.
         name: the contender.
-        operator: what it computes.
+        operator: operator that it computes.
         times: `timing.Times` by column.
-        errors: relative errors, by what is compared.
-        megabytes: memory.
-        implementation: what computed it, and why.
+        errors: relative errors, by the name of the result.
+        megabytes: memory in MB.
+        implementation: what computed the result, and why.
         note: why there is no time.
-        failed: whether that is an error of ours, or a wrong result.
+        failed: whether keras_hla raised an error, or the result is wrong.
     """
 
     case: str
@@ -31,7 +31,7 @@ class Row:
     failed: bool = False
 
     def refuse(self, tolerance):
-        """Whether an error is too large, which is noted."""
+        """Whether an error is too large; notes it if so."""
         wrong = {name: error for name, error in self.errors.items() if not error <= tolerance}
         if wrong:
             self.failed = True
@@ -51,14 +51,15 @@ class Row:
 def print_table(rows):
     """Prints the rows of one case, with the columns that any of them has.
 
-    The ratio is that of the last column to the first row that has times.
+    The ratio is the time in the last column over that of the first row that has times.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row.times))
     header = ["", *(f"{column}, ms" for column in columns)]
     errors = any(row.errors for row in rows)
     memory = any(row.megabytes is not None for row in rows)
     named = any(row.implementation for row in rows)
-    header += ["ratio"] * bool(columns) + ["MB"] * memory + ["error", "of gradients"] * errors
+    header += ["ratio"] * bool(columns) + ["MB"] * memory
+    header += ["output error", "gradient error"] * errors
     header += ["implementation"] * named
     first = next((row for row in rows if row.times), None)
     lines = [header]
@@ -97,7 +98,7 @@ def _largest(row, gradients):
 
 
 def _print_aligned(title, lines, words):
-    """Prints lines of cells, of numbers but for the first, and with `words` the last."""
+    """Prints aligned lines of cells: words in the first, and with `words` in the last cell."""
     count = max(map(len, lines))
     full = [line for line in lines if len(line) == count]
     widths = [max(len(line[n]) for line in full) for n in range(count)]
@@ -112,7 +113,7 @@ def _print_aligned(title, lines, words):
 
 
 def save_csv(rows, path, **same):
-    """Writes all rows; `same` are columns of one value."""
+    """Writes all rows; `same` are columns with the same value in each row."""
     records = []
     for row in rows:
         record = {**same, "case": row.case, "contender": row.name, "operator": row.operator}

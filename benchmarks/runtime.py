@@ -1,6 +1,6 @@
 """The backend in use, as a module of the same few functions for each.
 
-    device_name()                     what runs
+    device_name()                     name of the device
     on_gpu()
     tensor(array, dtype)              on the device
     to_numpy(x)                       in float64
@@ -8,7 +8,7 @@
     training(function, jit)           f(inputs, constants, cotangent) -> (output, their gradients)
     time_calls(call, argument_sets)   list of milliseconds
     added_memory(call, arguments)     MB that a call needs beside its arguments, or None
-    kernels(call, arguments)          names of what a call runs on a GPU, or None if nothing tells
+    kernels(call, arguments)          names of the kernels of a call on a GPU, or None if unknown
     train_on_batch(model, x, y)       function without arguments that does it, and gives the loss
 
 Functions take tensors, inputs first, then constants. `jit` is "on", "off", or "auto": XLA where
@@ -19,7 +19,7 @@ import importlib
 
 import keras
 
-GPU_BYTES = 150e6  # more than a GPU's cache: a call finds none of its arguments there
+GPU_BYTES = 150e6  # more than a GPU's cache, so that no call finds its arguments there
 GPU_CALLS = 10
 
 
@@ -28,7 +28,7 @@ def current():
 
 
 def copies(runtime, arguments_bytes):
-    """How many sets of arguments calls take in turns."""
+    """The number of sets of arguments that calls use alternately."""
     return min(GPU_CALLS, 1 + int(GPU_BYTES // arguments_bytes)) if runtime.on_gpu() else 1
 
 

@@ -55,7 +55,7 @@ def added_memory(call, arguments):
 
 
 def kernels(call, arguments):
-    """Those that XLA does not make itself."""
+    """Names of the kernels that XLA does not generate itself."""
     if not on_gpu():
         return None
     return custom_calls(call.lower(*arguments))
@@ -70,7 +70,7 @@ def custom_calls(lowered):
 
 
 class _TrainOnBatch:
-    """A function that tells, too, what it lowers to."""
+    """A function with the text that it lowers to."""
 
     def __init__(self, model, x, y):
         self.model, self.data = model, (x, y)

@@ -56,7 +56,7 @@ def training(function, jit):
 def _compiled(function, jit):
     if jit != "on":
         return function
-    # One program for each contender and case, all of which share the code of a function here.
+    # Contenders and cases share the code of a function here, and each is a graph of its own.
     torch._dynamo.config.recompile_limit = 1000
     return torch.compile(function, dynamic=False)
 
@@ -77,7 +77,7 @@ def time_calls(call, argument_sets):
 def added_memory(call, arguments):
     if not on_gpu():
         return None
-    # What CUDA graphs hold from step to step counts, and is let go of by a call without them.
+    # Memory that CUDA graphs keep between steps is included. A call without graphs frees it.
     disable_cuda_graphs()
     call(*arguments)  # may try several kernels, which takes memory
     torch.cuda.synchronize()
@@ -85,7 +85,7 @@ def added_memory(call, arguments):
     enable_cuda_graphs()
     for _ in range(_CALLS_UNTIL_RECORDED):
         call(*arguments)
-    gc.collect()  # as some layers leave cycles of what they computed
+    gc.collect()  # as some layers leave reference cycles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     call(*arguments)

@@ -1,9 +1,9 @@
-"""What a token costs that is written: from a state, from the whole prefix, or from a cache.
+"""The cost of generating one token: from a state, from the whole prefix, or from a cache.
 
-A language model of two `HLADecoderBlock`s writes from its state, near the beginning of a stream and
-far from it; the same model reads all that was written before each token; and a model of two blocks
-of causal attention of the same sizes writes with a key-value cache, which every token reads as a
-whole. Batch 1, float32. The memory is that of the states, or of the caches.
+A language model of two `HLADecoderBlock`s generates from its state, near the beginning of a stream
+and far from it. The same model reads the whole prefix again for each token. A model of two blocks
+of causal attention of the same sizes generates with a key-value cache, all of which each token
+reads. Batch 1, float32. The memory is that of the states, or of the caches.
 """
 
 import keras
@@ -18,8 +18,8 @@ from keras_hla.backend.compiling import compiled, compiled_scan
 
 VOCABULARY, WIDTH, HEADS, HIDDEN, BLOCKS = 256, 256, 4, 512, 2
 CALL = 32  # tokens per call of a compiled loop
-PIECE = 1000  # tokens of a piece, on the way to a far position
-LONGEST_PREFIX = 2048  # to be read again
+PIECE = 1000  # tokens of a piece, before the position that is measured
+LONGEST_PREFIX = 2048  # that is read again for each token
 LOOP, SINGLE = "token of a loop", "token of a call"
 
 
@@ -78,7 +78,7 @@ def from_states(model, tokens, seconds):
 
 
 def from_prefix(model, context, seconds):
-    """Every token after the whole prefix."""
+    """Each token reads the whole prefix."""
     forward = compiled(lambda x: model(x, training=False)[:, -1], model.variables)
     calls = {SINGLE: (forward, (ops.zeros((1, context), "int32"),), 1)}
     return _timed(f"HLA, the whole prefix of {context:,} tokens again", calls, seconds)

@@ -1,17 +1,17 @@
-"""Times of several functions, called in turns until each has had its share of seconds."""
+"""Times of several functions, called alternately until each had its seconds."""
 
 import time
 from typing import NamedTuple
 
 import numpy as np
 
-LEAST = 5  # turns, unless they take
+LEAST = 5  # turns, unless they take more than
 PATIENCE = 10  # times the seconds
 MOST = 300
 
 
 class Times(NamedTuple):
-    """Milliseconds: the median, the quartiles, and each, in the order of the turns."""
+    """Times in milliseconds: the median, the quartiles, and all samples in order."""
 
     median: float
     low: float
@@ -19,7 +19,7 @@ class Times(NamedTuple):
     samples: tuple[float, ...] = ()
 
     def ratio(self, other):
-        """The median of the quotients of what was measured in the same turn."""
+        """The median ratio of samples that were measured in the same turn."""
         count = min(len(self.samples), len(other.samples))
         if not count:
             return self.median / other.median
@@ -27,11 +27,11 @@ class Times(NamedTuple):
 
 
 def in_turns(samples, seconds):
-    """Measures a dictionary of functions, in turns so that a busy machine is busy for all.
+    """Measures functions alternately, so that a busy machine affects all of them alike.
 
     Args:
         samples: dictionary of functions that return lists of milliseconds.
-        seconds: how long each of them is called, after a turn that does not count.
+        seconds: time to spend on each of them, after one turn that is discarded.
 
     Returns:
         A dictionary of `Times`, or of the exception that a function raised.

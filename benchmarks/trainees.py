@@ -1,4 +1,4 @@
-"""Whose training steps are measured: our layers and blocks, and the peers on the backend in use."""
+"""The training steps that are measured: layers and blocks of keras_hla, and their peers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,10 +12,10 @@ from benchmarks.cases import KINDS
 
 
 class Announced(NamedTuple):
-    """What a trainee says of itself, and the sign by which the kernels that ran confirm it.
+    """What a trainee says it runs, and the kernel name that confirms it.
 
-    `sign` is how the name of some kernel starts or, after a `*`, what it contains; and `present`
-    whether there must be such a kernel. Without a sign nothing is to be confirmed.
+    `sign` is a prefix of the name of a kernel or, after a `*`, any part of the name. `present`
+    tells whether such a kernel must run, or must not. Without a sign nothing is checked.
     """
 
     text: str
@@ -23,7 +23,7 @@ class Announced(NamedTuple):
     present: bool = True
 
     def confirm(self, kernels):
-        """Raises an error if other kernels ran. `None` or an empty set is not known."""
+        """Raises an error if other kernels ran. `None` or an empty set means unknown."""
         if not self.sign or not kernels:
             return
         contained = self.sign.startswith("*")
@@ -32,11 +32,11 @@ class Announced(NamedTuple):
         )
         if found != self.present:
             listed = ", ".join(sorted(kernels)[:8])
-            raise AssertionError(f"announced {self.text}, but what ran was {listed}")
+            raise AssertionError(f"announced {self.text}, but the kernels that ran were {listed}")
 
 
 def no_errors(call, arguments, jit):
-    """What there is to say of a peer that is not of this folder."""
+    """The errors of a peer whose results are not checked."""
     del call, arguments, jit
     return {}
 
@@ -47,7 +47,9 @@ class Step(NamedTuple):
     function: Callable  # f(x, *weights)
     weights: list
     announced: Announced
-    check: Callable = no_errors  # of what is timed, its arguments and its jit; relative errors
+    check: Callable = (
+        no_errors  # of the timed function, its arguments and jit; returns relative errors
+    )
     jit: bool = True  # whether the layer may be compiled
 
 
@@ -59,7 +61,7 @@ class Which(NamedTuple):
     peers: list | None  # all of them
 
     def asked(self):
-        """Pairs of an operator and an implementation of ours."""
+        """Pairs of an operator and an implementation of keras_hla."""
         return [(x, y) for x in self.operators for y in self.implementations or ["auto"]]
 
 
@@ -67,9 +69,9 @@ class Which(NamedTuple):
 class Trainee:
     name: str
     build: Callable | None = None  # from a case: a `Step`, or of models a `models.Training`
-    unavailable: str = ""  # why there is none
+    unavailable: str = ""  # why it cannot be measured
     ours: bool = False
-    peer: str = ""  # what `--peers` calls it
+    peer: str = ""  # its name in `--peers`
     jit: str = "auto"
 
     def jitted(self, jit, named):
@@ -101,7 +103,7 @@ def choose(kind, case, which, jit):
 
 
 def _modules():
-    """Those that have a function for each kind."""
+    """The modules that have a function for each kind."""
     peers = {"torch": ["plain_attention", "fla_layers", "gpt2"], "jax": ["plain_attention"]}
     return ["own_layers", "keras_peers", *peers.get(keras.config.backend(), [])]
 

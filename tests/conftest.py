@@ -69,7 +69,7 @@ ONLY = {
         "without a GPU JAX cannot run the kernels, TensorFlow has none",
     ),
     "test_kernels_torch.py": (("torch",), "this is how PyTorch calls the kernels"),
-    "test_learning.py": (("jax",), "this benchmark trains many models at once by JAX alone"),
+    "test_learning.py": (("jax",), "this benchmark trains many models at once, which needs JAX"),
     "test_serve.py": (("tensorflow",), "the server runs TensorFlow without Keras"),
     "test_sessions_of_a_saved_model.py": (
         ("tensorflow", "jax"),

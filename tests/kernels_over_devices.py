@@ -1,8 +1,8 @@
 """Kernels on arrays that are split over four devices, under JAX and without a GPU.
 
-Each device is to launch them on its own rows, and to exchange nothing but sums. To be run in a
-process of its own, as devices are virtual, and kernels are what `portable_kernels.py` has in their
-place. Prints for each case the rows of a device, and the kinds of exchanges.
+Each device must launch them on its own rows, and sums must be the only collectives. It runs in a
+fresh process, as devices are virtual, and `portable_kernels.py` replaces the kernels. Prints for
+each case the rows of a device, and the kinds of collectives.
 """
 
 import portable_kernels  # isort: skip  # as it takes a place before the package looks there
@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import keras
 import numpy as np
-from split_sequence import exchanges_of_program
+from split_sequence import collectives_of_program
 
 from keras_hla import layers
 from keras_hla.kernels import device
@@ -66,7 +66,7 @@ def attend(arrays, states, operator, implementation):
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def results_and_gradients(arrays, states, weights, operator, implementation):
-    """Without a loss, which devices would exchange."""
+    """Without a loss, which would need a collective."""
     results, pull = jax.vjp(lambda *x: attend(*x, operator, implementation), arrays, states)
     return results, pull(weights)
 
@@ -92,7 +92,7 @@ def check(name, mesh):
     for x, y in zip(found, expected, strict=True):
         error = np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))
         assert error < 1e-5, (name, y.shape, error)
-    kinds = sorted({kind for kind, _ in exchanges_of_program(program.as_text())})
+    kinds = sorted({kind for kind, _ in collectives_of_program(program.as_text())})
     print(f"{name}: {own[0]} x {own[2]}", *kinds)
 
 
@@ -116,9 +116,9 @@ def check_model():
     own = min(shape for kernel, shape in portable_kernels.launched if kernel == "forward_kernel")
     for x, y in zip(program(weights, split), expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
-    exchanges = exchanges_of_program(program.as_text())
-    assert sum(size for _, size in exchanges) == sum(x.size for x in weights), exchanges
-    print(f"model: {own[0]} x {own[2]}", *sorted({kind for kind, _ in exchanges}))
+    collectives = collectives_of_program(program.as_text())
+    assert sum(size for _, size in collectives) == sum(x.size for x in weights), collectives
+    print(f"model: {own[0]} x {own[2]}", *sorted({kind for kind, _ in collectives}))
 
 
 if __name__ == "__main__":

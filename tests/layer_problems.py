@@ -1,4 +1,4 @@
-"""Layers on parts of a sequence: the cases of `test_context_parallel.py`, and their arrays."""
+"""Layers on shards of a sequence: the cases of `test_context_parallel.py`, and their arrays."""
 
 import dataclasses
 
@@ -14,12 +14,12 @@ SPLITS = {2: (20, 20), 4: (10, 10, 10, 10), "uneven": (7, 0, 20, 13)}
 
 
 def parts_of(case):
-    """The lengths of the parts."""
+    """The lengths of the shards."""
     return tuple(x * case.length // LENGTH for x in SPLITS[case.split])
 
 
 def draw_mask(rng, case, parts):
-    """The mask of a case, or `None`: parts of some rows hold nothing."""
+    """The mask of a case, or `None`: shards of some rows hold nothing."""
     if not case.mask:
         return None
     mask = rng.uniform(size=(2, case.length)) < 0.7
@@ -83,7 +83,7 @@ LAYERS = {
         mask=True,
         segments="anywhere",
     ),
-    "a window of several parts": LayerCase(
+    "a window of several shards": LayerCase(
         "HLA",
         {"conv_kernel_size": 4, "operator": "ahla"},
         mask=True,
@@ -100,7 +100,7 @@ LAYERS = {
     "zeros for masked tokens": LayerCase(
         "HLA", {"zero_output_for_mask": True, "operator": "hla3"}, mask=True, segments="at borders"
     ),
-    "computed again": LayerCase("HLA", {"remat_length": 5, "conv_kernel_size": 4}),
+    "rematerialization": LayerCase("HLA", {"remat_length": 5, "conv_kernel_size": 4}),
     "a layer in float32": LayerCase(
         "HLA",
         {"decay": "learned", "output_norm": False},
@@ -127,7 +127,7 @@ LAYERS = {
     "a model": LayerCase("model", {}, state=False),
 }
 if BACKEND == "torch":
-    # Some parts are computed again, and some are not.
+    # Some parts are rematerialized, and some are not.
     again = {"remat_length": 10, "conv_kernel_size": 4, "decay": "input"}
     LAYERS["uneven"] = LayerCase("HLA", again, split="uneven", mask=True)
     LAYERS["uneven, packed"] = LayerCase("HLA", again, split="uneven", segments="anywhere")
@@ -196,13 +196,13 @@ class LayerProblem:
         }
 
     def _beside(self):
-        """What it is held to: the loop of its cell, one device, or no other layer."""
+        """What it is compared with: the loop of its cell, one device, or no other layer."""
         if self.case in LAYER_SIZES.values() or self.case.definition:
             return None
         return "loop" if self.case.kind == "HLA" else "one device"
 
     def reference(self):
-        """Outputs, zero at masked tokens, and gradients, each document by itself."""
+        """Outputs, zero at masked tokens, and gradients, each segment by itself."""
         x, *weights = leaves = [
             torch.tensor(x, requires_grad=True)
             for x in (self.inputs["sequences"], *self.weights.values())

@@ -1,7 +1,7 @@
 """Lowers the gradients of a block by the kernels for CUDA, under JAX and without a GPU.
 
 Compiles each kernel, as far as that is without the driver, and prints the number of launches.
-To be run in a process of its own: Triton's LLVM and TensorFlow's cannot be in one.
+To be run in a fresh process: Triton's LLVM and TensorFlow's cannot be in one.
 """
 
 import functools

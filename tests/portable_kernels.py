@@ -1,6 +1,6 @@
 """Stands for jax-triton on CPUs: each kernel of the operators is what it is to compute, in JAX.
 
-To be imported before the package is, in a process of its own.
+To be imported before the package is, in a fresh process.
 """
 
 import importlib.machinery
@@ -67,7 +67,7 @@ def decays_of(x, batch, length):
 
 
 def forward_kernel(x):
-    """Of the states before chunks it tells that before the first alone."""
+    """Of the states before chunks it returns only the first."""
     arguments = operands(x, x.entering[:, :, 0] if x.ENTERING else None)
     output, last = attend(*arguments, x.POWER)
     chunk_states = None
@@ -111,7 +111,7 @@ def in_chunks(x, shape):
 
 
 def span_kernel(x):
-    """Of the one span of a short part; without parts nothing, as spans are not computed apart."""
+    """Of the only span of a short shard; without shards nothing, as spans are then not separate."""
     if not x.ALL:
         return [None] * len(x.shapes)
     key, value = x.key, x.key if x.SAME else x.value

@@ -3,7 +3,7 @@
     python tests/split_sequence.py cases.pickle results.pickle
 
 Devices are virtual CPUs under JAX, and processes under PyTorch. They form a mesh: rows of the batch
-by parts of the length.
+by shards of the length.
 """
 
 import functools
@@ -60,7 +60,7 @@ def split_arguments(case):
 
 
 def on_one_device(case, arrays, state):
-    """What the parts are held to where it takes a layer: its cell's loop, or one device."""
+    """What shards are compared with where that needs a layer: its cell's loop, or one device."""
     if case["beside"] == "loop":
         return split_layers.loop(case, arrays, state)
     return split_layers.call(case, arrays, state)
@@ -109,13 +109,13 @@ def jax_result(case):
         out_specs=(spec(case["weights"][0]), PartitionSpec("rows")),
     )
     found, program = jax_gradients(case, attention)
-    exchanges = exchanges_of_program(program.as_text())
+    collectives = collectives_of_program(program.as_text())
     if case.get("beside") is None:
-        return *found, exchanges
+        return *found, collectives
     whole, _ = jax_gradients(
         case, lambda variables, rest: on_one_device(case, {**variables[0], **rest}, variables[1])
     )
-    return *found, exchanges, whole
+    return *found, collectives, whole
 
 
 def jax_gradients(case, function):
@@ -134,10 +134,10 @@ def jax_gradients(case, function):
     return jax.tree.map(np.asarray, (results, jax.tree.leaves(gradients))), program
 
 
-def exchanges_of_program(text):
-    """The kind of each exchange of a compiled program, and how many numbers a device receives.
+def collectives_of_program(text):
+    """The kind of each collective of a compiled program, and how many elements a device receives.
 
-    The sum of the losses of all devices is none.
+    The sum of the losses of all devices is not included.
     """
     kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
@@ -145,8 +145,8 @@ def exchanges_of_program(text):
     counts = [
         sum(int(np.prod([int(n) for n in size.split(",") if n])) for size in x) for x in sizes
     ]
-    exchanges = zip((kind for _, kind in found), counts, strict=True)
-    return sorted((kind, count) for kind, count in exchanges if count > 1)
+    collectives = zip((kind for _, kind in found), counts, strict=True)
+    return sorted((kind, count) for kind, count in collectives if count > 1)
 
 
 def run_torch(cases):
@@ -191,7 +191,7 @@ def check_second_gradients(rank):
 
 
 def check_compiled_and_recomputed(group):
-    """A layer to one graph, with its exchanges, and without before; and in a checkpoint."""
+    """A layer compiled to one graph, with and without its collectives, and in a checkpoint."""
     import keras
     import torch
 
@@ -219,24 +219,24 @@ def check_compiled_and_recomputed(group):
 def torch_result(case, mesh):
     import torch
 
-    exchanges = record_exchanges()
+    collectives = record_collectives()
     row, part = mesh.get_coordinate()
     rows = case["shape"][0] // mesh.shape[0]
     borders = np.cumsum([0, *case["parts"]])
     own = slice(row * rows, (row + 1) * rows), slice(*borders[part : part + 2])
     # A mesh, or a group of processes.
     devices = mesh["parts"] if len(case["parts"]) == 2 else mesh.get_group("parts")
-    # What all processes have alike, one of them adds.
+    # What all processes share, one of them adds.
     shares = [float(axes_of(case, w)[1] or part == 0) for w in case["weights"]]
     found = torch_gradients(
         case, functools.partial(attend, case, context_parallel=devices), own, shares
     )
-    exchanges.sort()
+    collectives.sort()
     if case.get("beside") is None or torch.distributed.get_rank() > 0:
-        return *found, exchanges
+        return *found, collectives
     everything = slice(None), slice(None)
     whole = functools.partial(on_one_device, case)
-    return *found, exchanges, torch_gradients(case, whole, everything, [1.0] * len(shares))
+    return *found, collectives, torch_gradients(case, whole, everything, [1.0] * len(shares))
 
 
 def torch_gradients(case, function, slices, shares):
@@ -260,26 +260,26 @@ def torch_gradients(case, function, slices, shares):
     return [[x.detach().numpy() for x in xs] for xs in (results, gradients)]
 
 
-def record_exchanges():
-    """A list that takes up the kind and the size of each exchange from now on."""
+def record_collectives():
+    """A list to which the kind and the size of each later collective are added."""
     from keras_hla.backend import torch_collectives
 
-    exchanges = []
+    collectives = []
 
     def record(kind, name):
-        exchange = getattr(torch_collectives, name)
-        exchange = getattr(exchange, "recorded", exchange)  # not also in an earlier list
+        collective = getattr(torch_collectives, name)
+        collective = getattr(collective, "recorded", collective)  # not also in an earlier list
 
         def call(output, *arguments, **options):
-            exchanges.append((kind, output.numel()))
-            return exchange(output, *arguments, **options)
+            collectives.append((kind, output.numel()))
+            return collective(output, *arguments, **options)
 
-        call.recorded = exchange
+        call.recorded = collective
         setattr(torch_collectives, name, call)
 
     record("all-gather", "_all_gather")
     record("reduce-scatter", "_reduce_scatter")
-    return exchanges
+    return collectives
 
 
 def joined(case, of_ranks):
@@ -290,7 +290,7 @@ def joined(case, of_ranks):
     for i in range(len(case["weights"])):
         parts = [[found[0][i] for found in row] for row in rows]
         per_token = axes_of(case, case["weights"][i])[1]
-        if not per_token:  # a state, which all parts have alike
+        if not per_token:  # a state, which all shards share
             assert all((x == row[0]).all() for row in parts for x in row)
         parts = [np.concatenate(row, 1) if per_token else row[0] for row in parts]
         results.append(np.concatenate(parts))

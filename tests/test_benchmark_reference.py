@@ -1,4 +1,4 @@
-"""What the benchmarks hold results to, against the definitions of the tests."""
+"""The reference of the benchmarks, compared with the definitions of the tests."""
 
 from definitions import index_sum
 import numpy as np

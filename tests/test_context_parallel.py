@@ -1,4 +1,4 @@
-"""One sequence over several devices is evaluated as the whole.
+"""Context parallelism: shards on several devices give the results of the whole sequence.
 
 `split_sequence.py` evaluates the cases in separate processes.
 """
@@ -163,7 +163,7 @@ class Problem:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """What `split_sequence.py` makes of each problem: at once, as it takes long to start."""
+    """The results of `split_sequence.py` for all problems in one run, as it takes long to start."""
     cases = {
         **{name: Problem(case) for name, case in (CASES | SIZES).items()},
         **{("layer", name): LayerProblem(x) for name, x in (LAYERS | LAYER_SIZES).items()},
@@ -183,14 +183,14 @@ without_engine = pytest.mark.skipif(
 
 @without_engine
 @pytest.mark.parametrize("name", CASES)
-def test_parts_are_the_whole(evaluated, name):
+def test_shards_give_the_whole(evaluated, name):
     problem, *found, _ = evaluated[name]
     check(problem, found, problem.reference())
 
 
 @without_engine
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_of_parts_are_those_of_the_whole(evaluated, name):
+def test_layers_on_shards_give_the_whole(evaluated, name):
     problem, results, gradients, _, *beside = evaluated["layer", name]
     if problem.case.definition:
         results = [results[0] * problem.unmasked[..., None]]
@@ -199,7 +199,7 @@ def test_layers_of_parts_are_those_of_the_whole(evaluated, name):
 
 
 def check(problem, found, expected):
-    """Holds results and gradients to those expected, of which there may be more."""
+    """Compares results and gradients with the expected ones, of which there may be more."""
     tolerance = 1e-11 if problem.case.dtype == "float64" else 1e-5
     for kind, *both in zip(("results", "gradients"), found, expected, strict=True):
         assert {x.dtype for x in both[0]} == {np.dtype(problem.case.dtype)}
@@ -208,14 +208,14 @@ def check(problem, found, expected):
 
 
 @without_engine
-def test_what_is_exchanged_does_not_depend_on_the_length(evaluated):
-    check_exchanges(*(evaluated[name][3] for name in SIZES))
+def test_collectives_do_not_depend_on_the_length(evaluated):
+    check_collectives(*(evaluated[name][3] for name in SIZES))
     short, long = (evaluated["layer", name][3] for name in LAYER_SIZES)
     assert short == long
 
 
-def check_exchanges(short, long):
-    """Each pass exchanges the state of each device with its decay, whatever the length."""
+def check_collectives(short, long):
+    """Each pass gathers the state of each device with its decay, whatever the length."""
     rows_and_heads = 2 * 2
     moments, values = rows_and_heads * (4 * 4 + 1), rows_and_heads * (4 * 3 + 1)
     forward = [("all-gather", 4 * values), ("all-gather", 4 * moments)]
@@ -238,7 +238,7 @@ def test_other_forms_are_refused(options):
         higher_order_attention(q, q, q, context_parallel="parts", **options)
 
 
-def test_devices_choose_alike_whatever_the_lengths_of_their_parts(monkeypatch):
+def test_devices_choose_alike_whatever_the_lengths_of_their_shards(monkeypatch):
     monkeypatch.setattr(device, "why_not", lambda tensor: None)
     monkeypatch.setattr(device, "is_measured", lambda tensor: True)
     monkeypatch.setattr(device, "interpreted", lambda: False)

@@ -1,4 +1,4 @@
-"""The definitions that the operators are held to, held to each other. All of it is torch."""
+"""The definitions of the operators, compared with each other. All of it is torch."""
 
 from backends import relative_error
 from definitions import Reference, index_sum, serial

@@ -83,7 +83,7 @@ def language_model():
 
 @pytest.fixture(scope="module")
 def reader(language_model):
-    """The same model, which forgets nothing when the other is compiled anew."""
+    """The same model, which forgets nothing when the other is compiled again."""
     return keras.Model(language_model.input, language_model.output)
 
 
@@ -272,7 +272,7 @@ def test_config(options):
     assert again.preprocessor.sequence_length == LENGTH
 
 
-def test_operators_in_turn():
+def test_alternating_operators():
     backbone = make_backbone(num_layers=3, operator=("linear", "hla2"))
     names = [block.get_config()["operator"] for block in backbone.decoder_blocks]
     assert names == ["linear", "hla2", "linear"]

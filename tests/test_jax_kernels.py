@@ -20,7 +20,7 @@ def test_gradients_lower_for_cuda():
     assert set(printed.split()) == KERNELS
 
 
-# Rows of batch and of heads on each of four devices, and what they exchange: sums of gradients,
+# Rows of batch and of heads on each of four devices, and their collectives: sums of gradients,
 # where rows that are on several devices share decays or keys.
 ON_OWN_ROWS = {
     "batch: 1 x 3",

@@ -1,4 +1,4 @@
-"""What is chosen to evaluate an operator, and what cannot be."""
+"""Which implementation `kernels.choose` returns for an operator, and which it refuses."""
 
 import keras
 import numpy as np

@@ -1,7 +1,7 @@
-"""Kernels prove themselves on a GPU on which they were not measured, or the portable path is taken.
+"""On an unmeasured GPU kernels are checked, or the portable implementation is used.
 
-The GPU is feigned. Under PyTorch the kernels are interpreted, under JAX, which cannot, others are
-in their place.
+The GPU is simulated. Under PyTorch the kernels are interpreted. JAX cannot do that: portable
+functions replace them.
 """
 
 import re
@@ -26,7 +26,7 @@ AGREED = (
 
 @pytest.fixture(autouse=True)
 def examined(monkeypatch):
-    """A GPU that is not known, without memory of proofs; the dtypes of those that were run."""
+    """An unknown GPU, with no verdicts remembered; the dtypes of the checks that were run."""
     if ON_TORCH:
         import torch
 
@@ -56,8 +56,8 @@ def spoil_gradients(x):
 
 
 @pytest.fixture(params=[pytest.param(lambda x: x, id="right")])
-def feigned(request, monkeypatch):
-    """Portable kernels of the operators, the outputs of which are changed; none of the stages."""
+def simulated(request, monkeypatch):
+    """Portable kernels of the operators, whose outputs are changed; none for the stages."""
     evaluate = small_cases.evaluate
 
     def feign(*arguments, implementation, **options):
@@ -80,7 +80,7 @@ WRONG = {
     "gradients": spoil_gradients,
     "no numbers": lambda x: float("nan") * x,
 }
-wrong = pytest.mark.parametrize("feigned", WRONG.values(), ids=WRONG, indirect=True)
+wrong = pytest.mark.parametrize("simulated", WRONG.values(), ids=WRONG, indirect=True)
 KINDS = 1 + ON_TORCH  # the kernels of the operator, and those of the stages
 
 
@@ -90,7 +90,7 @@ def choose(**options):
 
 
 def of_trust(warned):
-    """How many of the warnings are of kernels that is evaluated by the portable implementation."""
+    """The number of warnings that kernels are replaced by the portable implementation."""
     return sum("is evaluated by the portable implementation" in str(x.message) for x in warned)
 
 
@@ -179,15 +179,15 @@ def test_each_kind_is_proven(examined):
 
 
 @wrong
-@pytest.mark.usefixtures("feigned")
+@pytest.mark.usefixtures("simulated")
 def test_what_differs_is_refused(examined):
     with pytest.warns(UserWarning, match="is evaluated by the portable implementation") as warned:
         assert choose().implementation == choose().implementation == "portable"
     assert of_trust(warned) == len(examined) == 1
 
 
-@pytest.mark.parametrize("feigned", [WRONG["outputs"]], ids=["outputs"], indirect=True)
-@pytest.mark.usefixtures("feigned")
+@pytest.mark.parametrize("simulated", [WRONG["outputs"]], ids=["outputs"], indirect=True)
+@pytest.mark.usefixtures("simulated")
 def test_another_gpu_of_the_kind_is_not_warned_of_again(monkeypatch, examined):
     with pytest.warns(UserWarning, match="is evaluated by the portable implementation") as warned:
         refused = choose()
@@ -279,7 +279,7 @@ def test_within_what_torch_compiles(rng, examined):
 
 
 @on_jax
-@pytest.mark.usefixtures("feigned")
+@pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize("trace", ["jit", "grad", "vmap", "jit of grad of vmap", "checkpoint"])
 def test_within_what_jax_traces(trace, examined):
     import jax
@@ -304,8 +304,8 @@ def test_within_what_jax_traces(trace, examined):
 
 
 @on_jax
-@pytest.mark.parametrize("feigned", [WRONG["gradients"]], ids=["gradients"], indirect=True)
-@pytest.mark.usefixtures("feigned")
+@pytest.mark.parametrize("simulated", [WRONG["gradients"]], ids=["gradients"], indirect=True)
+@pytest.mark.usefixtures("simulated")
 def test_what_differs_is_found_within_a_trace(rng, examined):
     import jax
 

@@ -154,7 +154,7 @@ def read_twice(operator, q, k, v, g):
     return ((q @ moved.mT).tril() @ v).transpose(1, 2)
 
 
-def test_operator_of_ones_own(rng):
+def test_custom_operator(rng):
     inputs, _ = draw(rng, 40, "none", dim=16, value_dim=16)
     inputs = [inputs[0] / 4, inputs[1] / 4, inputs[2]]
     expected = Reference(read_twice, Twice(), inputs)

@@ -1,4 +1,4 @@
-"""The kernels as PyTorch calls them: at once, compiled, with gradients of gradients."""
+"""The kernels as PyTorch calls them: directly, compiled, and with gradients of gradients."""
 
 from backends import relative_error
 from definitions import Reference, serial

@@ -451,7 +451,7 @@ def twice(x):
     return 2 * x
 
 
-def test_feature_map_of_ones_own(x, tmp_path):
+def test_custom_feature_map(x, tmp_path):
     keras.saving.register_keras_serializable(package="test")(twice)
     inputs = keras.Input((None, 16))
     layer = make("plain", feature_map=twice, scale=0.5, output_norm=False)

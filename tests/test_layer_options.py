@@ -137,23 +137,28 @@ def test_without_causality_each_token_reads_all(x, rng, operator):
     assert twin.causal is False
 
 
-PIECES = {"decay": "input", "conv_kernel_size": 3, "output_gate": "silu", "return_state": True}
+REMATERIALIZED = {
+    "decay": "input",
+    "conv_kernel_size": 3,
+    "output_gate": "silu",
+    "return_state": True,
+}
 
 
-def test_long_sequences_in_pieces(x, rng):
+def test_rematerialization_of_long_sequences(x, rng):
     """Outputs, states and the gradients of every weight and of the inputs, masked and packed."""
     mask = rng.random((2, 40)) < 0.8
     mask[:, [13, 14]] = [[True, True], [False, True]]
     # A segment starts with the second part: they are of 14, 14 and 12 tokens.
     segment_ids = np.repeat([[1, 2, 1, 3]] * 2, [10, 4, 21, 5], axis=1)
-    whole, pieces = make(**PIECES), make(**PIECES, remat_length=15)
+    whole, parts = make(**REMATERIALIZED), make(**REMATERIALIZED, remat_length=15)
     # Others than those of the layers, which nothing may read.
     values = [to_numpy(v) + 0.1 * rng.standard_normal(v.shape) for v in whole.trainable_weights]
     weight = rng.standard_normal((2, 40, 8)).astype("float32")
     starting = [rng.standard_normal((2, *s)).astype("float32") for s in whole.cell.state_size]
     starting[-1] = np.array([[0, 5], [1, 65_530]], "float32")  # positions
     results = []
-    for layer in (whole, pieces):
+    for layer in (whole, parts):
         variables = layer.trainable_weights
 
         def function(x, *arrays, layer=layer, variables=variables):
@@ -175,7 +180,7 @@ def test_long_sequences_in_pieces(x, rng):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True] if BACKEND == "tensorflow" else ["auto"])
-def test_training_in_pieces_is_training(x, jit_compile):
+def test_training_with_rematerialization_is_training(x, jit_compile):
     histories = []
     for longest in (None, 20):
         keras.utils.set_random_seed(0)
@@ -274,7 +279,7 @@ def test_no_mask_and_no_direction(rng):
 
 @pytest.fixture
 def long_and_whole(x):
-    """A layer that takes the sequence in pieces, and its twin that does not."""
+    """A layer that rematerializes the parts of a sequence, and its twin that does not."""
     layer, twin = make(remat_length=15, decay="input"), make(remat_length=None, decay="input")
     twin.set_weights(layer.get_weights())
     return layer, twin

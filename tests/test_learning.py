@@ -257,7 +257,7 @@ def test_learns_records_and_resumes(tmp_path, monkeypatch, capsys):
     assert rows(tmp_path) == second
     capsys.readouterr()
     assert command.main([*options, "--seeds", "3", "--minutes", "1e-6"]) == 3
-    assert "no time left for 1 replicates" in capsys.readouterr().out
+    assert "1 replicates are not trained, as no time is left" in capsys.readouterr().out
 
 
 MATCHED = ["hla2+rope+decay+conv", "delta+gate", "softmax+conv", "gru", "hla3"]
@@ -282,7 +282,7 @@ def test_refuses(monkeypatch):
         command.main(["--task", "mqar"])
 
 
-def test_picture_of_the_records(tmp_path):
+def test_plot_of_the_records(tmp_path):
     """It is drawn of the records that are published."""
     for path in (Path(__file__).parent.parent / "docs" / "evidence").glob("*.csv"):
         shutil.copy(path, tmp_path)

@@ -45,7 +45,7 @@ def cascade():
     return "cascade"
 
 
-def test_operator_of_ones_own(rng, cascade):
+def test_custom_operator(rng, cascade):
     q, k, v = (rng.standard_normal((2, 40, 2, 4)).astype("float32") for _ in range(3))
     W = np.tril(np.einsum("bthd,bjhd->bhtj", q, k, dtype="float64"))
     expected = np.einsum("bhtj,bjhd->bthd", W @ W @ W, v)
@@ -61,7 +61,7 @@ def test_operator_of_ones_own(rng, cascade):
         ops.combine(*[[np.zeros((1, 2, 4, 4))] * 3 + [np.zeros((1, 1))]] * 2, cascade)
 
 
-def test_operator_of_ones_own_in_a_layer(rng, cascade, tmp_path):
+def test_custom_operator_in_a_layer(rng, cascade, tmp_path):
     inputs = keras.Input((None, 16))
     model = keras.Model(inputs, layers.HLA(2, 8, operator=cascade, decay="input")(inputs))
     model.save(tmp_path / "model.keras")

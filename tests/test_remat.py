@@ -1,4 +1,4 @@
-"""Dropout where layers are computed again for their gradients."""
+"""Dropout in layers with rematerialization."""
 
 import contextlib
 import warnings

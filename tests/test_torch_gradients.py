@@ -1,4 +1,4 @@
-"""Gradients that are written out under PyTorch, held to differences in float64."""
+"""Gradients that are written by hand under PyTorch, checked against differences in float64."""
 
 import keras
 import numpy as np

@@ -158,7 +158,7 @@ def test_a_frozen_layer_is_loaded_frozen(x, kind, tmp_path):
     assert len(loaded.trainable_weights) == len(model.weights)
 
 
-def test_weights_of_ones_own_are_loaded(tmp_path):
+def test_weights_that_a_subclass_adds_are_loaded(tmp_path):
     class Scaled(layers.HLA):
         def build(self, sequences_shape):
             super().build(sequences_shape)

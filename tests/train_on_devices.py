@@ -1,7 +1,7 @@
 """Trains a model on several devices, with each framework's own engine.
 
 One step changes the weights as on one device. Then the model is saved, loaded on one device and on
-others, streamed and exported. To be run in a process of its own, as devices are virtual CPUs, and
+others, streamed and exported. To be run in a fresh process, as devices are virtual CPUs, and
 under PyTorch processes. Prints what was checked.
 """
 

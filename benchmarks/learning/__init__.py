@@ -1,1 +1,1 @@
-"""What models learn with our layers and with their peers, on standard tasks, under JAX."""
+"""What models learn with HLA layers and with their peers, on standard tasks, under JAX."""

@@ -2,11 +2,18 @@
 
     python -m benchmarks.learning --task mqar --mixers hla2+conv,linear+conv,softmax --out FOLDER
 
-For each mixer some learning rates are tried with one seed; the one of the smallest validation loss
-is trained with the other seeds. Each replicate is a row of FOLDER/TASK.csv, and what is there is
-not trained again. At the end the table is printed and drawn. Mixers: an operator with options, as
-in hla2+conv+decay (conv, rope, decay, multiscale, gate, qk_norm, ridge, unmasked),
-linear+conv/hla2+conv layer by layer, softmax, softmax+conv, delta, delta+gate, gru.
+For each mixer several learning rates are tried with one seed. The rate of the smallest validation
+loss is trained with the other seeds. Each replicate is a row of FOLDER/TASK.csv; replicates that
+the file holds are not trained again. At the end a table is printed and plotted.
+
+A mixer is an operator with options, such as hla2+conv+decay (options: conv, rope, decay,
+multiscale, gate, qk_norm, ridge, unmasked), or one of the peers softmax, softmax+conv, delta,
+delta+gate, gru. linear+conv/hla2+conv stands for alternating operators.
+
+Columns of the table: features of the model ("width"); training steps; weights; "state", elements
+that a layer keeps of the past at the training length; "rate", the best learning rate, followed by
+"(edge)" if it is the smallest or largest that was tried; number of seeds; each test, as mean ±
+standard deviation; and "steps to 0.99", the median step at which training accuracy reached 0.99.
 """
 
 import dataclasses
@@ -28,31 +35,48 @@ def parse(argv):
     command = parser("benchmarks.learning", __doc__)
     add = command.add_argument
     add("--task", choices=list(TASKS), required=True)
-    add("--mixers", type=names, default=names(MIXERS), help=f"default: {MIXERS}")
-    add("--backend", choices=("jax",), default="jax", help="what is learned depends on none")
-    add("--size", choices=SIZES, default="full", help="small is for two CPU cores")
-    add("--width", type=int, help="features of the model; heads have 64")
-    add("--steps", type=int, help="steps of training")
+    add("--mixers", type=names, default=names(MIXERS), help=f"mixers to train (default: {MIXERS})")
+    add(
+        "--backend",
+        choices=("jax",),
+        default="jax",
+        help="the results do not depend on the backend",
+    )
+    add(
+        "--size",
+        choices=SIZES,
+        default="full",
+        help="small is for two CPU cores, full for a large GPU (default: full)",
+    )
+    add("--width", type=int, help="features of the model, 64 for each head")
+    add("--steps", type=int, help="training steps")
     add("--rates", type=names, help="learning rates to try")
-    add("--seeds", type=int, default=5, help="of the best learning rate (default: 5)")
+    add(
+        "--seeds", type=int, default=5, help="seeds to train at the best learning rate (default: 5)"
+    )
     add("--at-once", type=int, default=4, help="replicates trained side by side (default: 4)")
     add("--dtype", choices=("float32", "mixed_bfloat16"), default="float32")
-    add("--minutes", type=float, help="start nothing that is expected to end later")
-    add("--out", type=Path, default=Path("docs/evidence"), help="default: docs/evidence")
+    add("--minutes", type=float, help="start no training that is expected to end later")
+    add(
+        "--out",
+        type=Path,
+        default=Path("docs/evidence"),
+        help="folder for the results (default: docs/evidence)",
+    )
     arguments = command.parse_args(argv)
     for name in ("width", "steps", "seeds", "at_once"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            command.error(f"--{name.replace('_', '-')} must be positive, not {value}")
+            command.error(f"--{name.replace('_', '-')} must be positive. Received: {value}")
     return arguments
 
 
 def choose_backend():
-    """Before Keras is imported."""
+    """Sets the environment; to be called before Keras is imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
         sys.exit(
-            "The benchmark trains many models at once by JAX alone: the environment variable "
+            "The benchmark trains many models at once, which needs JAX: the environment variable "
             f"KERAS_BACKEND must be 'jax'. Received: {os.environ['KERAS_BACKEND']!r}"
         )
 
@@ -75,7 +99,7 @@ def main(argv=None):
     for name in arguments.mixers:
         try:
             complete = _train(task, name, records, arguments, deadline)
-        except RuntimeError as error:  # of JAX, as where the memory is too small; others may fit
+        except RuntimeError as error:  # such as too little memory; other mixers may fit
             print(f"{name}: {str(error)[:500]}", file=sys.stderr, flush=True)
             status = FAILED
         else:
@@ -94,7 +118,7 @@ def _changed(task, arguments):
 
 
 def _train(task, mixer, records, arguments, deadline):
-    """Trains what a mixer lacks; returns whether nothing does at the end."""
+    """Trains the missing replicates of a mixer; returns whether none is missing at the end."""
     from benchmarks.learning import environment, schedule
     from benchmarks.learning.train import Trainer
 
@@ -110,7 +134,10 @@ def _train(task, mixer, records, arguments, deadline):
     trainer = None
     while replicates := schedule.missing(records, settings, task.rates, arguments.seeds):
         if time.perf_counter() + _expected_seconds(records, task, mixer) > deadline:
-            print(f"{mixer}: no time left for {len(replicates)} replicates", flush=True)
+            print(
+                f"{mixer}: {len(replicates)} replicates are not trained, as no time is left",
+                flush=True,
+            )
             return False
         trainer = trainer or Trainer(task, mixer, arguments.at_once)
         outcomes = trainer.run(replicates[: arguments.at_once])
@@ -126,7 +153,7 @@ def _train(task, mixer, records, arguments, deadline):
 
 
 def _expected_seconds(records, task, mixer):
-    """What the replicates that are trained at once took, by this mixer or else by the last one."""
+    """Seconds that the last replicates took, of this mixer or else of the last one."""
     rows = records.find({"steps": task.steps, "width": task.width})
     last = [row for row in rows if row["mixer"] == mixer] or rows[-1:]
     return max((float(row["seconds"]) for row in last), default=0.0)
@@ -136,7 +163,7 @@ def _print(task, row):
     tested = ", ".join(f"{name} {row[f'{task.metric} {name}']:.4g}" for name in task.tests)
     print(
         f"{row['mixer']}, rate {row['rate']:g}, seed {row['seed']}: {task.metric} {tested}; "
-        f"validation loss {row['valid loss']:.4g}; together {row['seconds']:.0f} s",
+        f"validation loss {row['valid loss']:.4g}; {row['seconds']:.0f} s in all",
         flush=True,
     )
 

@@ -1,4 +1,4 @@
-"""On what a replicate was trained."""
+"""The device and the versions with which a replicate was trained."""
 
 import platform
 

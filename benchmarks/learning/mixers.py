@@ -1,6 +1,6 @@
 """Mixers by name: an operator and options, `hla2+conv+decay`, or a peer.
 
-An option that is not named is off. `linear+conv/hla2+conv` is one and the other, layer by layer.
+An option that is not named is off. `linear+conv/hla2+conv` stands for alternating operators.
 """
 
 import math
@@ -38,7 +38,7 @@ def of_layer(name, number):
 
 
 def check(name):
-    """Raises a `ValueError` where there is no mixer of that name."""
+    """Raises a `ValueError` if there is no mixer with this name."""
     for part in name.split("/"):
         _check(part)
 
@@ -54,7 +54,7 @@ def _check(name):
 
 
 def make(name, heads, dim, implementation="portable"):
-    """The layer of a name."""
+    """The layer with this name."""
     check(name)
     if name in PEERS:
         return PEERS[name](heads, dim)
@@ -74,7 +74,7 @@ def make(name, heads, dim, implementation="portable"):
 
 
 def state_size(layer, length):
-    """How many numbers a layer keeps of the past, after so many tokens."""
+    """The number of elements that a layer keeps of the past after `length` tokens."""
     if isinstance(layer, HLA):
         return sum(math.prod(size) for size in layer.cell.state_size)
     return layer.state_size(length)

@@ -1,4 +1,4 @@
-"""The model around a mixer: an embedding, blocks, and a head that is applied where it is asked."""
+"""The model around a mixer: an embedding, blocks, and a head for the places that are asked."""
 
 import keras
 from keras import layers, ops
@@ -7,7 +7,7 @@ from benchmarks.learning import mixers
 from keras_hla.layers.rms_normalization import RMSNormalization
 
 EMBEDDING_SCALE = 0.02
-MULTIPLE = 8  # of which the size of an MLP is one
+MULTIPLE = 8  # the size of an MLP is a multiple of it
 
 
 class Block(layers.Layer):
@@ -46,7 +46,9 @@ def make(task, mixer, hidden, implementation="portable"):
     x = keras.Input((None,), dtype="int32") if reads_tokens else keras.Input((None, task.inputs))
     inputs = [x]
     if reads_tokens:
-        start = keras.initializers.RandomNormal(stddev=EMBEDDING_SCALE)  # a new one, with a seed
+        start = keras.initializers.RandomNormal(
+            stddev=EMBEDDING_SCALE
+        )  # a new one, with its own seed
         x = layers.Embedding(task.inputs, task.width, embeddings_initializer=start)(x)
     else:
         x = layers.Dense(task.width)(x)
@@ -64,7 +66,7 @@ def make(task, mixer, hidden, implementation="portable"):
 
 
 def hidden_size(task, mixer):
-    """The size of the MLPs with which a model has as many weights as one of `hla2`."""
+    """The size of MLPs that gives a model as many weights as a model of `hla2`."""
     if not task.mlp:
         return 0
     usual = -(-8 * task.width // (3 * MULTIPLE)) * MULTIPLE
@@ -82,6 +84,6 @@ def inputs_of(batch):
 
 
 def state_size(model, length):
-    """How many numbers a mixer of a model keeps of the past, the mean of its layers."""
+    """The number of elements that a mixer keeps of the past, as the mean of its layers."""
     blocks = [layer for layer in model.layers if isinstance(layer, Block)]
     return sum(mixers.state_size(block.mixer, length) for block in blocks) // len(blocks)

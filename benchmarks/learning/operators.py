@@ -8,7 +8,7 @@ from keras_hla.operators import AHLA, Operator, outer, read, scores
 
 @dataclasses.dataclass(frozen=True)
 class HLA2WithLower(Operator):
-    """`hla2` whose moment starts at `λ I`, and beside it first order, `μ LA(q, k, v)`.
+    """`hla2` whose moment starts at `λ I`, plus first order, `μ LA(q, k, v)`.
 
     The moment reads `u_j = (S_j + λ I) q_j`: `S` as if it began from `λ I`, which does not decay.
     Without decay that is the paper's ridge, and it needs neither a state nor a pass.
@@ -49,7 +49,7 @@ class HLA2WithLower(Operator):
 
 @dataclasses.dataclass(frozen=True)
 class AHLAWithFirst(AHLA):
-    """`ahla` and first order beside it, `μ LA(q, k, v)`, which its first pass computes anyway."""
+    """`ahla` plus first order, `μ LA(q, k, v)`, which its first pass computes anyway."""
 
     first: float = 1.0
 

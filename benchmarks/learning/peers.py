@@ -1,8 +1,8 @@
 """Mixers to compare with: softmax attention, a GRU and a gated delta rule, as Keras layers for JAX.
 
 Each is called with `(batch, length, features)` and a mask or `None`, keeps that shape, has about as
-many weights as `keras_hla.layers.HLA` of the same heads, and tells `state_size(length)`: how many
-numbers it keeps after so many tokens.
+many weights as `keras_hla.layers.HLA` of the same heads, and has `state_size(length)`: the number
+of elements that it keeps after so many tokens.
 """
 
 import jax
@@ -63,7 +63,7 @@ class Attention(Projected):
         turns = turns_of(self.dim, 10_000)
         if mask is None:
             cos, sin = rotation_from_start(x.shape[1], turns, "float32")
-        else:  # positions among the unmasked
+        else:  # positions among the unmasked tokens
             cos, sin = rotation(None, jnp.cumsum(mask, axis=1) - 1.0, turns)
         query = stages.rotate(query, cos, sin, self.dim**-0.5)
         key = stages.rotate(key, cos, sin)
@@ -74,7 +74,7 @@ class Attention(Projected):
 
 
 def _attend(query, key, value, mask):
-    """Some queries after the others where there are many, each part computed anew for gradients."""
+    """Attention by parts of the queries where there are many, with rematerialization."""
     length = query.shape[1]
     order = jnp.arange(length)
     unmasked = jnp.ones((1, length), bool) if mask is None else mask

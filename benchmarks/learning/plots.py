@@ -1,4 +1,4 @@
-"""The picture of a task: what each mixer reaches in each test, and how it learned."""
+"""The plot of a task: the result of each mixer in each test, and its training curve."""
 
 import statistics
 
@@ -6,7 +6,7 @@ from benchmarks.learning.report import spread
 
 
 def save(found, task, path):
-    """Draws the `Line`s of a task."""
+    """Plots the `Line`s of a task."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""The file of a task: a row for each replicate that was trained, and none is ever left out."""
+"""The file of a task: a row for each replicate that was trained, without exception."""
 
 import csv
 from pathlib import Path
@@ -22,14 +22,14 @@ class Records:
                 self.rows = list(csv.DictReader(file))
 
     def find(self, settings, **values):
-        """The rows of these `SETTINGS`, and of these values of other columns."""
+        """The rows with these `SETTINGS` and these values of other columns."""
         wanted = {name: str(value) for name, value in {**settings, **values}.items()}
         return [
             row for row in self.rows if all(row[name] == value for name, value in wanted.items())
         ]
 
     def add(self, rows):
-        """Writes rows, dictionaries of equal columns, behind those that are there."""
+        """Appends rows, dictionaries with equal columns, to the file."""
         rows = [{name: _text(value) for name, value in row.items()} for row in rows]
         names = list(self.rows[0]) if self.rows else list(rows[0])
         if any(set(row) != set(names) for row in rows):

@@ -70,7 +70,7 @@ def spread(values):
 
 
 def table(found):
-    """The lines as a table of Markdown."""
+    """The lines as a Markdown table."""
     tests = list(dict.fromkeys(name for line in found for name in line.tests))
     stepped = any(any(line.steps) for line in found)
     head = ["mixer", "width", "steps", "weights", "state", "rate", "seeds", *tests]
@@ -87,14 +87,14 @@ def table(found):
 
 
 def _steps(steps):
-    """The median over the seeds, where more than half of them came so far."""
+    """The median over the seeds, if more than half of them reached the accuracy."""
     passed = [float(x) if x else float("inf") for x in steps]
     median = statistics.median_high(passed)
     return "" if median == float("inf") else f"{median:.0f}"
 
 
 def show(task, records, folder):
-    """Prints the table of a task, and saves it and its picture beside the records."""
+    """Prints the table of a task, and saves it and its plot beside the records."""
     found = lines(records.rows, task.metric)
     if not found:
         return
@@ -106,4 +106,4 @@ def show(task, records, folder):
 
         save(found, task, folder / f"{task.name}.png")
     except ImportError as error:
-        print(f"No picture: {error}")
+        print(f"No plot was saved: {error}")

@@ -8,9 +8,9 @@ SWEEP_SEED = 0
 
 
 def missing(records, settings, rates, seeds):
-    """The replicates that are to be trained next: a list, empty where all are there.
+    """The replicates that are to be trained next: a list, empty if none is missing.
 
-    The best rate is that of the smallest loss of validation.
+    The best rate is that of the smallest validation loss.
     """
     there = records.find(settings)
     trained = {(float(row["rate"]), int(row["seed"])) for row in there}

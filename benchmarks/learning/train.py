@@ -1,4 +1,4 @@
-"""Trains replicates of a model, each with a learning rate and a seed, side by side in a program."""
+"""Trains replicates of a model, each with a learning rate and a seed, in one compiled program."""
 
 from functools import partial
 import time
@@ -24,7 +24,7 @@ class Replicate(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a replicate; `values` are columns of its record."""
+    """The result of a replicate; `values` are columns of its record."""
 
     replicate: Replicate
     values: dict
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 class Trainer:
     """Trains and tests a mixer on a task, some replicates at once.
 
-    Programs are compiled for one number of replicates, and once.
+    Programs are compiled once, for one number of replicates.
 
     Args:
         task: `Task`.
@@ -66,7 +66,7 @@ class Trainer:
         }
 
     def run(self, replicates):
-        """Returns an `Outcome` of each; the last one stands for those that `at_once` lacks."""
+        """Returns an `Outcome` of each; the last one is repeated up to `at_once`."""
         begin = time.perf_counter()
         filled = [*replicates, *[replicates[-1]] * (self.at_once - len(replicates))]
         rates = jnp.asarray([x.rate for x in filled], "float32")
@@ -147,7 +147,7 @@ class Trainer:
         return jnp.mean(jax.lax.scan(one_batch, None, jnp.arange(batches))[1], axis=0)
 
     def _losses(self, curve):
-        """Columns that are read off a curve, `(points, 2)`."""
+        """Columns that are computed from a curve, `(points, 2)`."""
         losses, metrics = curve.T
         finite = losses[np.isfinite(losses)]
         columns: dict[str, Any] = {
@@ -164,7 +164,7 @@ class Trainer:
 def replicated(count, function, axes):
     """`function` of `count` replicates, for arguments that have a first axis where `axes` is 0.
 
-    They are shared out between the devices, where these divide their number.
+    They are distributed over the devices, if the number of devices divides theirs.
     """
     if count == 1:
         return _alone(function, axes)

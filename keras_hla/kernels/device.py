@@ -5,11 +5,11 @@ import os
 
 import keras
 
-# Where the kernels were measured, and where Triton compiles: products of bfloat16 need it.
+# The compute capability of the measured GPUs, and the least one for products of bfloat16.
 _MEASURED = "9.0"
 _LEAST = 8.0
 _FEWEST_TOKENS = 16_384
-# Not asked for at each call, as a search takes long.
+# Looked up once, as a search takes long.
 _INSTALLED = {x: importlib.util.find_spec(x) is not None for x in ("triton", "jax_triton")}
 
 

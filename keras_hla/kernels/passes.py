@@ -1,4 +1,4 @@
-"""What an operator computes, as the kernels need it: its passes, read off its `chain`."""
+"""The passes of an operator, which the kernels evaluate, derived from its `chain`."""
 
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ class Pass(NamedTuple):
     """`output_t = query_tᵀ H_t`, `H_t = a_t^power H_{t-1} + key_t value_tᵀ`.
 
     Keys, values and the output are named: `"key"`, `"value"`, or the output of an earlier pass.
-    `H` is the state at the place `state` of the operator's.
+    `H` is the operator's state with the index `state`.
     """
 
     state: int
@@ -21,14 +21,14 @@ class Pass(NamedTuple):
 
 
 def passes_of(operator):
-    """Returns the passes of an operator in order, the output of the last of which is its own.
+    """Returns the passes of an operator in order; the output of the last one is the operator's.
 
-    Returns `None` if it is more than passes of its queries, over states that it keeps.
+    Returns `None` if the operator computes anything but passes of its queries over its states.
     """
     return _found(operator) if isinstance(operator, Hashable) else None
 
 
-@remembered  # as each call asks
+@remembered  # as each call needs them
 def _found(operator):
     passes: list[Pass] = []
 
@@ -55,7 +55,7 @@ class _MoreThanPassesError(Exception):
 
 
 class _Symbol:
-    """Stands for a tensor, of which a chain of passes asks nothing."""
+    """Stands for a tensor, whose elements a chain of passes does not read."""
 
     def __init__(self, name):
         self.name = name

@@ -1,7 +1,7 @@
 """Checks the kernels on GPUs on which they were not measured.
 
-At first use a small case is compiled and run, by them and portable, and compared. The answer is
-remembered for the process.
+At first use the kernels run on a small case, and their results are compared with those of the
+portable implementation. The verdict is remembered for the process.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +18,10 @@ from keras_hla.backend.compiling import called_while_traced
 from keras_hla.backend.gradients import exact_dtype, pull_back
 from keras_hla.kernels import device, small_cases
 
-# Largest relative RMS errors: 2.5 times that of rounding, where kernels that are right have 2.1 at
-# most, and that of long sums of float32.
+# Largest relative RMS errors: 2.5 times the rounding error, where correct kernels reach 2.1 times,
+# and the error of long sums in float32.
 _TOLERANCE = {"bfloat16": 4.2e-3, "float16": 5.2e-4, "float32": 1e-5}
-# How much larger those of gradients in float32 may be, as of log-decays, whose terms cancel.
+# How much larger errors of float32 gradients may be: in those of log-decays terms cancel.
 _CANCELLING = 5
 
 
@@ -68,14 +68,14 @@ class StageKernels(NamedTuple):
 
 @called_while_traced
 def prove(operator, dtype, dims, decays, place):
-    """The `Verdict` on all kernels that a layer of such an operator may take.
+    """The `Verdict` on all kernels that a layer with this operator may launch.
 
     Args:
         operator: the name of an operator that the kernels know, as compilers keep.
         dtype: name of the dtype of query, key and value.
         dims: sizes of a key and of a value, for which kernels are compiled.
         decays: whether there are log-decays.
-        place: the GPU, as `device.place_of` tells.
+        place: the GPU, as `device.place_of` returns it.
     """
     verdict = _verdict(place, OperatorKernels(dtype, dims, decays, operator))
     if verdict.proven and stages.are_fused("triton"):
@@ -84,13 +84,13 @@ def prove(operator, dtype, dims, decays, place):
 
 
 def _verdict(place, kind):
-    """The `Verdict` on a kind of kernels, found at first and then remembered."""
+    """The `Verdict` on a kind of kernels, remembered after the first call."""
     if (place, kind) not in _verdicts:
         if device.is_capturing():  # where nothing runs that is launched
             return Verdict(False, "the kernels are not proven while a CUDA graph is captured")
         with _lock:
             if (place, kind) not in _verdicts:
-                # In another thread, as no trace, mode or scope of the caller's reaches that.
+                # In another thread, which no trace, mode or scope of the caller reaches.
                 with ThreadPoolExecutor(max_workers=1) as thread:
                     _verdicts[place, kind] = thread.submit(_examine, place, kind).result()
                 _warn_once(kind, _verdicts[place, kind])
@@ -140,7 +140,7 @@ def _errors(case, dtype):
 
 
 def _relative_error(found, expected):
-    """RMS of the difference over RMS of what is expected; infinity where that is no number."""
+    """RMS of the difference over RMS of the expected values; infinity if it is NaN."""
     found, expected = (
         ops.convert_to_numpy(ops.cast(ops.stop_gradient(x), exact_dtype())).astype("float64")
         for x in (found, expected)

@@ -1,6 +1,6 @@
-"""Small cases of what the kernels compute, each in two ways: by kernels, and portable.
+"""Small cases of what the kernels compute, for kernels and for the portable implementation.
 
-Between them they take each way through the kernels: one span of a sequence and several, states
+Together they cover each branch of the kernels: one span of a sequence and several, states
 before and after it, keys that heads share, and more than one tile of tokens.
 """
 
@@ -24,8 +24,8 @@ class SmallCase(NamedTuple):
 
     Args:
         function: `function(by_kernels, *tensors)` returns a list of tensors.
-        inputs: arrays of what is in the dtype of the inputs of a layer.
-        exact: arrays of what is in float32 whatever that is: the tensors after those.
+        inputs: arrays that take the compute dtype of a layer.
+        exact: arrays that stay float32; they come after the inputs.
     """
 
     function: Callable
@@ -34,14 +34,14 @@ class SmallCase(NamedTuple):
 
 
 def of_operator(operator, dims, decays):
-    """The `SmallCase`s of an operator, for `dims` of keys and values, with log-decays or not."""
+    """The `SmallCase`s of an operator, for `dims` of keys and values, with or without decays."""
     yield _attention(operator, dims, decays, length=100, key_heads=_HEADS, states=False)
     yield _attention(operator, dims, decays, length=520, key_heads=1, states=True)
 
 
 def _attention(operator, dims, decays, length, key_heads, states):
     dim, value_dim = dims
-    rng = np.random.default_rng(0)  # leaves alone what users seed
+    rng = np.random.default_rng(0)  # leaves the global seeds of users alone
     inputs = [
         rng.standard_normal((1, length, _HEADS, dim)) * dim**-0.5,
         rng.standard_normal((1, length, key_heads, dim)) * dim**-0.5,
@@ -68,7 +68,7 @@ def _attention(operator, dims, decays, length, key_heads, states):
 
 
 def of_stages(dims):
-    """The `SmallCase`s of the stages of a layer beside its operator, for such `dims`."""
+    """The `SmallCase`s of the stages around an operator, for `dims` of keys and values."""
     dim, value_dim = dims
     dim -= dim % 2  # as features are rotated in pairs
     rng = np.random.default_rng(0)

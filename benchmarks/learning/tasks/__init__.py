@@ -1,4 +1,4 @@
-"""The tasks: one file each, which says what is generated and where the definition comes from."""
+"""The tasks: one file each, which says what it generates and who defined the task."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""What matters lies thousands of tokens back.
+"""Recall of tokens from thousands of tokens before.
 
 A few tokens of one alphabet stand at random places among the first hundred or so; all other places
 hold tokens of a second alphabet, at random. At the end stand as many tokens that ask, at which the

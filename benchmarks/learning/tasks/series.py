@@ -1,4 +1,4 @@
-"""Regression of ragged time series with gaps, for which people take a GRU.
+"""Regression of ragged time series with gaps, a common use of a GRU.
 
 A series has a random number of places, from a quarter of the longest to the longest. Each holds a
 number of a normal distribution; a fifth of the places, drawn at random, is masked, as are those
@@ -7,7 +7,7 @@ variance close to 1, is
 
     y = √(1 - 0.8²) Σ_i 0.8^(n-i) x_{i-1} x_i
 
-what an exponentially weighted autocovariance is. It is asked at the last unmasked place. Tests are
+an exponentially weighted autocovariance. It is asked at the last unmasked place. Tests are
 at the lengths of training and at four times these.
 """
 

@@ -1,7 +1,7 @@
 """Running products in a group, as Liu et al. (arXiv:2210.10749) and Merrill et al. (2404.08819).
 
 A sequence holds elements of a group, drawn uniformly: of two elements (parity), or all permutations
-of three (S3) or five (S5) things. At each place the answer is the product of all elements so far:
+of three (S3) or five (S5) objects. At each place the answer is the product of all elements so far:
 the first permutation, then the second, and so on. Trained on short sequences; a test is the mean
 over the places of a range, so that each tells how far the product is followed.
 """

@@ -13,9 +13,9 @@ class Batch(NamedTuple):
     Args:
         inputs: tokens, `(batch, length)`, or numbers, `(batch, length, features)`.
         targets: what is asked: tokens, or numbers, `(batch, places)`.
-        weights: which of them are asked, `(batch, places)`: one, or zero.
+        weights: `(batch, places)`: one for targets that are asked, else zero.
         places: where in the sequence they are asked, `(batch, places)`. `None` is everywhere.
-        mask: true where the input is not to be skipped, `(batch, length)`, or `None`.
+        mask: true at unmasked tokens, `(batch, length)`, or `None`.
     """
 
     inputs: Any
@@ -29,9 +29,9 @@ class Split(NamedTuple):
     """A kind of batch.
 
     Args:
-        shape: tuple of whole numbers, the batch size first: what is compiled depends on them.
-        choice: tuple of numbers on which that does not depend.
-        batches: how many of them are a test.
+        shape: tuple of integers, the batch size first. Each shape is compiled separately.
+        choice: tuple of numbers that are not compiled in.
+        batches: number of batches of a test.
     """
 
     shape: tuple
@@ -48,11 +48,11 @@ class Task:
         metric: `"accuracy"`, `"bits"` or `"error"`, the mean square.
         draw: `draw(key, shape, choice)` returns a `Batch`; JAX traces it.
         train: the `Split` of the steps.
-        valid: the one by which learning rates are compared.
-        tests: those that are reported, by name.
+        valid: the `Split` by which learning rates are compared.
+        tests: the `Split`s that are reported, by name.
         inputs: number of different tokens; or of features, for an error.
         outputs: number of different answers, or of numbers.
-        steps: of training.
+        steps: number of training steps.
         rates: the learning rates that are tried.
         width: features of the model.
         heads: number of heads.
@@ -88,6 +88,6 @@ def at_lengths(batch, length, *rest):
 
 
 def draw_distinct(key, count, limit, sequences):
-    """`count` different whole numbers below `limit` for each sequence, in random order."""
+    """`count` different integers below `limit` for each sequence, in random order."""
     noise = jax.random.uniform(key, (sequences, limit))
     return jax.lax.top_k(noise, count)[1]

@@ -81,7 +81,7 @@ def _project_together_gradients(run, options, tensors, saved, results, wanted):
     return found
 
 
-#: `x W + b` for the kernels beside each other. Options: how many there are. Tensors: `x`,
+#: `x W + b` for the kernels, concatenated. Options: the number of kernels. Tensors: `x`,
 #: `kernel0`, `bias0`, ...
 PROJECT_TOGETHER = TensorFunction(_project_together, _project_together_gradients)
 
@@ -143,11 +143,11 @@ def _product(x, y, dtype):
 
 
 def _exact_product(x, kernel):
-    """`x @ kernel` in float32, also of an `x` of bfloat16 without a copy of it in float32."""
+    """`x @ kernel` in float32, without a float32 copy of a bfloat16 `x`."""
     if not (x.is_cuda and x.dtype == torch.bfloat16):
         return x.to(kernel.dtype) @ kernel
     first = kernel.to(x.dtype)
-    # What the kernel loses by rounding takes part as further columns.
+    # The rounding error of the kernel is appended as further columns.
     kernels = torch.cat([first, (kernel - first).to(x.dtype)], dim=1)
     first, second = _product(x, kernels, kernel.dtype).chunk(2, dim=1)
     return first + second

@@ -1,4 +1,4 @@
-"""Memory of CUDA graphs, which those of one stream share."""
+"""Memory that the CUDA graphs of one stream share."""
 
 import functools
 import threading
@@ -11,16 +11,16 @@ class GraphPool:
     """Records the graphs of a device that run one after the other on a stream."""
 
     def __init__(self):
-        #: For what is copied in, computed and copied out by one thread after the other.
+        #: One thread at a time copies in, computes and copies out.
         self.lock = threading.RLock()
         self._handle = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # as none is recorded on the default stream
         self._buffers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
-        # As memory of graphs that are all gone cannot be used again, there is always one.
+        # Memory of deleted graphs can be reused only while one graph of the pool exists.
         self._graph, _ = self.record(lambda: torch.zeros(1, device=self._stream.device))
 
     def buffer(self, shape, dtype):
-        """A tensor by which graphs exchange values with their callers, at once after they run."""
+        """A tensor for values between graphs and callers, read directly after a graph runs."""
         key = tuple(shape), dtype
         buffer = self._buffers.get(key)
         if buffer is None:
@@ -50,7 +50,7 @@ def _make(device, stream):
 
 
 def pool_of(device):
-    """The pool of the current stream of a device, which is the current one."""
+    """The pool of the current stream of a device, which must be the current device."""
     return _make(device, torch.cuda.current_stream(device).cuda_stream)
 
 

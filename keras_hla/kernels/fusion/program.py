@@ -16,8 +16,8 @@ class Stage(NamedTuple):
     `function` has `evaluate`, `gradients` and `reads` as a `KernelFunction` has. `tensors` are
     pairs of the name of an argument and the number of a tensor; `results` are numbers.
 
-    The gradients of later stages read results. Where these are cheap to compute again they are
-    not kept until then, if `recompute`.
+    The gradients of later stages read results. With `recompute`, which is for cheap stages, the
+    results are not kept until then but rematerialized.
     """
 
     function: Any
@@ -51,7 +51,7 @@ class Program:
         self._recordings = Recordings()
 
     def __call__(self, **inputs):
-        """The result for the inputs, of which there may be more."""
+        """The result for the inputs, which may include inputs that no stage reads."""
         tensors = {number: x.value for number, x in self._variables.items()}
         tensors |= {number: inputs[name] for name, number in self._inputs.items()}
         wanted = tuple(number for number, x in tensors.items() if x.requires_grad)
@@ -66,7 +66,7 @@ class Program:
         return self.evaluate(tensors, False)[0]
 
     def evaluate(self, tensors, save):
-        """The result; and if `save` the values that gradients read, and what stages save."""
+        """The result, and if `save` the values that gradients read and what stages save."""
         values, kept, saved = dict(tensors), {}, []
         for stage, (dropped, is_kept) in zip(self.stages, self._of_stages, strict=True):
             own = _evaluate(stage, values, save)
@@ -84,7 +84,7 @@ class Program:
         Args:
             values: dictionary of the tensors, and of what `evaluate` kept.
             saved: as `evaluate` returns it.
-            gradient: that of the result.
+            gradient: gradient of the result.
             wanted: tuple of numbers.
         """
         found = {self.result: gradient}
@@ -109,7 +109,7 @@ class Program:
         return found
 
     def _recompute(self, number, values):
-        """Adds a value that was not kept, and those that it is made of."""
+        """Adds a value that was not kept, and the values that it is computed from."""
         if number in values or number not in self._makers:
             return
         stage = self._makers[number]
@@ -166,7 +166,7 @@ def _read(stage):
 
 
 def _lives(stages):
-    """For each stage, the values that no later one reads, and those of its results to be kept."""
+    """For each stage, the values that no later stage reads, and its results that are kept."""
     read = {number for stage in stages for number in _read(stage)}
     for stage in reversed(stages):
         if stage.recompute and read.intersection(stage.results):

@@ -1,4 +1,4 @@
-"""Stages that are noted as they are called, and evaluated together."""
+"""Records stages as they are called, to be evaluated together."""
 
 from keras_hla.kernels.fusion import functions
 from keras_hla.kernels.fusion.program import Program, Stage
@@ -11,7 +11,7 @@ from keras_hla.kernels.stages.rotary import ROTARY
 
 
 class Recorder:
-    """Each method notes a stage of `keras_hla.stages`, and returns what stands for its result."""
+    """Each method records a stage of `keras_hla.stages`, and returns what stands for its result."""
 
     def __init__(self):
         self._stages = []
@@ -21,9 +21,9 @@ class Recorder:
         self._count = 0
 
     def input(self, name, constant=False):
-        """What stands for a tensor that a `Program` is called with, at each call the same or not.
+        """What stands for a tensor that a `Program` is called with.
 
-        The first is to be the sequences.
+        The first input must be the sequences. `constant` says that each call has the same tensor.
         """
         (number,) = self._numbers(1)
         self._inputs[name] = number
@@ -97,7 +97,7 @@ class Recorder:
         return result
 
     def log_decay(self, x, dense, least, starts):
-        """`log sigmoid` of a projection, no less than `least`, which it is at `starts`."""
+        """`log sigmoid` of a projection, at least `least`, and exactly `least` at `starts`."""
         read = {"x": x, "kernel": self.variable(dense.kernel), "bias": self.variable(dense.bias)}
         read["starts"] = starts
         (result,) = self._note(functions.LOG_DECAY, read, (least,))
@@ -118,7 +118,7 @@ class Recorder:
         return result
 
     def _read(self, x, denses):
-        """What a stage of projections of `x` reads."""
+        """The tensors that a stage of projections of `x` reads."""
         read = {"x": x}
         for i, dense in enumerate(denses):
             read[f"kernel{i}"] = self.variable(dense.kernel)

@@ -13,9 +13,9 @@ from keras_hla.kernels import cuda_graphs
 from keras_hla.kernels.fusion.graph_pool import can_capture, pool_of
 from keras_hla.kernels.launching.torch_launcher import as_kernels_take_it, refuse_second_gradients
 
-# Calls alike, one after the other, of which the last is recorded: shapes that change are not.
+# Consecutive calls of one shape, the last of which is recorded: changing shapes are not.
 _CALLS = 3
-# Elements of a sequence from which on the GPU takes longer than the CPU overhead.
+# Sequences with more elements take longer on the GPU than the CPU overhead.
 _LARGEST = 1 << 25
 
 
@@ -28,12 +28,12 @@ class Recordings:
         self._fits = True
 
     def find(self, program, tensors, wanted):
-        """The recording of a program for such tensors, or `None` if there is none to be used.
+        """The recording of a program for these tensors, or `None` if none can be used.
 
         Args:
             program: the `Program`.
-            tensors: dictionary of what it reads, by number.
-            wanted: tuple of the numbers of those that have gradients.
+            tensors: dictionary of the tensors that it reads, by number.
+            wanted: tuple of the numbers of the tensors that need gradients.
         """
         if not cuda_graphs.is_cuda_graphs_enabled():
             self._recordings.clear()
@@ -60,7 +60,7 @@ class Recordings:
 
 
 class Recording:
-    """A program for tensors of one kind, as a CUDA graph, and its gradients as another.
+    """A program for tensors of one kind as a CUDA graph, and its gradients as a second graph.
 
     What gradients need stays in the graphs. So from a call until its gradients are computed, or
     its output is freed, the recording is in use.
@@ -75,9 +75,9 @@ class Recording:
         self._inputs = {n: tensors[n].detach().clone() for n in changing}
         tensors = {n: x.detach() for n, x in tensors.items()} | self._inputs
 
-        # Once at once, which compiles the kernels.
+        # Once without a graph, which compiles the kernels.
         output, kept, saved = program.evaluate(tensors, bool(wanted))
-        # Of the output, and later its gradient: each is read before the other is there.
+        # Holds the output, later its gradient: each is read before the other is written.
         self._result = self._pool.buffer(output.shape, output.dtype).zero_()
         if wanted:
             found = program.gradients({**tensors, **kept}, saved, self._result, wanted)
@@ -100,7 +100,7 @@ class Recording:
             self._backward, _ = self._pool.record(find_gradients)
 
     def is_in_use(self):
-        """Whether the gradients of the last call may yet be asked for."""
+        """Whether the gradients of the last call may still be computed."""
         call = self._call and self._call()
         return bool(call and not call.is_over)
 
@@ -115,7 +115,7 @@ class Recording:
         return output
 
     def begin(self, tensors):
-        """What stands for a call with the tensors of which the gradients may be asked for."""
+        """Returns a record of a call with these tensors, whose gradients may be computed later."""
         read = zip(self._numbers, tensors, strict=True)
         call = _Call([x for number, x in read if number not in self._inputs])
         self._call = weakref.ref(call)
@@ -125,8 +125,8 @@ class Recording:
         """The gradients of the tensors in order, from that of the output of a call."""
         if not self._call or self._call() is not call:
             raise RuntimeError(
-                "The gradients of a layer were asked for a second time, after it had computed "
-                "other outputs, which took the place of what the gradients need. Call "
+                "The gradients of a layer were computed a second time after the layer had other "
+                "outputs, which overwrote what the gradients need. Call "
                 "`keras_hla.kernels.disable_cuda_graphs()` before the layer is called."
             )
         call.end()
@@ -162,11 +162,11 @@ class _Call:
 
 
 class _Gradients:
-    """Those that a graph computes, in buffers that all graphs share."""
+    """The gradients that a graph computes, in buffers that all graphs share."""
 
     def __init__(self, pool, found, inputs):
         self._inputs = {n: pool.buffer(x.shape, x.dtype) for n, x in found.items() if n in inputs}
-        # Those of weights are many and small: one after the other in a buffer for each dtype.
+        # Gradients of weights are many and small: concatenated in a buffer for each dtype.
         self._weights = {}
         for dtype in {x.dtype for n, x in found.items() if n not in inputs}:
             shapes = {n: x.shape for n, x in found.items() if n not in inputs and x.dtype == dtype}
@@ -212,19 +212,19 @@ def _can_be_recorded(x):
         x.numel() <= _LARGEST
         and can_capture(x.device)
         and not torch.is_autocast_enabled(x.device.type)
-        # As those of `torch.utils.checkpoint`, which would find nothing that is saved.
+        # Such as the hooks of `torch.utils.checkpoint`, which would find no saved tensors.
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     )
 
 
 def _can_be_read(program, tensors):
-    """Whether kernels take weights as they are."""
+    """Whether kernels can read the weights without a copy."""
     changing = program.changing_inputs
     return all(as_kernels_take_it(x) is x for n, x in tensors.items() if n not in changing)
 
 
 def _key_of(program, tensors, wanted):
-    """What has to be the same from call to call."""
+    """Everything that must be equal for a recording to be replayed."""
     changing = program.changing_inputs
     return (
         wanted,

@@ -1,4 +1,4 @@
-"""Launches of kernels, and functions made of them, under PyTorch and JAX."""
+"""Kernel launches, and functions made of them, under PyTorch and JAX."""
 
 from keras_hla.kernels.launching.kernel_function import KernelFunction
 from keras_hla.kernels.launching.launch import Launch, block_of

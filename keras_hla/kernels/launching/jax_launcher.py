@@ -10,7 +10,7 @@ import keras
 from keras_hla.backend.jax_axes import differing_along, differing_axes, summed_as
 from keras_hla.kernels.launching.jax_partitioning import on_own_rows
 
-# Which name jax-triton has for the shapes of outputs: the first from 0.4 on.
+# The name that jax-triton has for the shapes of outputs: the first from 0.4 on.
 _PARAMETERS = inspect.signature(jax_triton.triton_call).parameters
 _OUTPUTS = "out_type" if "out_type" in _PARAMETERS else "out_shape"
 

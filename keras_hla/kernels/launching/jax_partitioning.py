@@ -1,7 +1,7 @@
 """Kernels under JAX on arrays that are split over devices.
 
 XLA cannot see that the rows of a kernel, of batch and heads, are independent, and would gather
-all of them on each device. `custom_partitioning` tells it.
+all of them on each device. `custom_partitioning` declares it.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def on_own_rows(compute):
     partitioned.def_partition(partition, sharding_rule=sharding_rule)
 
     def evaluate(function, options, choice, tensors):
-        # In a `jax.shard_map` it is the caller who splits.
+        # In a `jax.shard_map` the caller has split the arrays.
         is_split = bool(jax.sharding.get_abstract_mesh().manual_axes)
         evaluate = compute if is_split or function.rows is None else partitioned
         return evaluate(function, options, choice, tensors)
@@ -56,7 +56,7 @@ def on_own_rows(compute):
 
 
 class _Rows(NamedTuple):
-    """The rows of some arrays together, each of which may have one for all along an axis."""
+    """The rows of several arrays, any of which may have a single entry along an axis."""
 
     axes: Callable  # as `KernelFunction.rows`
     batch: int
@@ -71,7 +71,7 @@ class _Rows(NamedTuple):
         return cls(function.rows, batch, heads, groups)
 
     def rule(self, arguments, results):
-        """How axes go together, as `custom_partitioning` takes it."""
+        """The sharding rule of `custom_partitioning`: which axes are the same."""
         count = itertools.count()
 
         def name_axes(x):
@@ -87,7 +87,7 @@ class _Rows(NamedTuple):
         return rule, {"need_replication_factors": unsplit, **sizes}
 
     def _names(self, x):
-        """Those of the axes of batch and heads of an array, `None` for one entry for all."""
+        """Names of the axes of batch and heads of an array, `None` for an axis with one entry."""
         batch, heads = (x.shape[i] for i in self.axes(x.shape))
         of_heads = {self.heads: "(group member)", 1: None, self.groups: "group"}
         return "batch" if batch == self.batch else None, of_heads[heads]
@@ -108,14 +108,14 @@ class _Rows(NamedTuple):
         return found
 
     def spec(self, x, axes):
-        """Where an array is, if rows are split along axes of the mesh."""
+        """The placement of an array, if rows are split along axes of the mesh."""
         places: list[tuple | None] = [None] * len(x.shape)
         for axis, names, name in zip(self.axes(x.shape), axes, self._names(x), strict=True):
             places[axis] = names if names and name else None
         return PartitionSpec(*places)
 
     def sum(self, x, whole, axes):
-        """A result of the rows of a device, or the sum over devices of one for all."""
+        """A result for the rows of a device, or its sum over devices for a single entry."""
         shared = [name is None for name in self._names(whole)]
         names = [n for some, is_shared in zip(axes, shared, strict=True) if is_shared for n in some]
         return jax.lax.psum(x, tuple(names)) if names else x

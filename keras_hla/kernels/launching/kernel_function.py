@@ -1,4 +1,4 @@
-"""A function of tensors that is made of launches of kernels, and its gradients."""
+"""A function of tensors that kernel launches compute, and its gradients."""
 
 from collections.abc import Callable
 import dataclasses
@@ -10,25 +10,26 @@ import keras
 class KernelFunction:
     """What all backends need to know of a function that kernels compute.
 
-    Its tensors come as a dictionary by name, with those alone that are given. Its options are a
-    tuple of names, numbers, booleans, `None` and such tuples, so that a compiler may keep them.
+    Its tensors come as a dictionary by name, which holds only the tensors that are given. Its
+    options are a tuple of names, numbers, booleans, `None` and such tuples, so that a compiler may
+    keep them.
 
     `run(launch, inputs)` launches a `Launch` and returns the tuple of its outputs.
 
     Args:
         name: Name of the function.
         evaluate: `evaluate(run, options, tensors, save)` returns the tuple of the results, and
-            the tuple of what `gradients` needs besides, if `save`. None is one of `tensors`.
+            if `save` the tuple of what else `gradients` reads. No element is one of `tensors`.
         gradients: `gradients(run, options, tensors, saved, results, wanted)` returns the
-            dictionary of the gradients of the tensors named in `wanted`, from those of the
-            results; the gradient of a result may be `None`, of all not.
+            dictionary of the gradients of the tensors named in `wanted`, from the gradients of
+            the results, of which some, not all, may be `None`.
         shapes: `shapes(options, tensors, save)` returns two tuples of pairs `(shape, dtype)`:
-            those of what `evaluate` returns.
+            for the two tuples that `evaluate` returns.
         reads: The names of the tensors that `gradients` reads; `None` is all.
-        count: `count(options)` returns the number of the results.
-        rows: `rows(shape)` returns the places of the axes of batch and heads in the shape of a
-            tensor, result, gradient or what is saved, for rows of which any may be computed
-            apart, as on several devices. `None` if they may not.
+        count: `count(options)` returns the number of results.
+        rows: `rows(shape)` returns the indices of the axes of batch and heads in the shape of a
+            tensor, result, gradient or saved tensor. Devices may then compute rows of batch and
+            heads independently. `None` if they may not.
     """
 
     name: str

@@ -6,11 +6,11 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Launch:
-    """A kernel and all that it gets besides its inputs.
+    """A kernel and its arguments besides its inputs.
 
     The arguments of the kernel are the inputs, `numbers`, what is allocated for `outputs`, and
-    `constants`. It neither reads nor writes an input or output that is `None`, but gets an address
-    for it.
+    `constants`. For an input or output that is `None` the kernel gets an address, which it neither
+    reads nor writes.
     """
 
     kernel: Any

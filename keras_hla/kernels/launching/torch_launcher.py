@@ -1,4 +1,4 @@
-"""Launches under PyTorch: at once, or as custom operators where a graph is compiled."""
+"""Launches under PyTorch: directly, or by PyTorch custom operators where a graph is compiled."""
 
 import ast
 import functools
@@ -62,9 +62,9 @@ class _Differentiable(torch.autograd.Function):
 
 
 def register(function):
-    """Registers the custom operators of a `KernelFunction`: of its results, and of its gradients.
+    """Registers the PyTorch custom operators of a `KernelFunction`: its results, and its gradients.
 
-    The first returns what is saved for the second, too.
+    The first also returns what is saved for the second.
     """
 
     def evaluate(tensors, description):
@@ -130,7 +130,7 @@ def refuse_second_gradients():
 
 
 def as_kernels_take_it(x):
-    """A tensor with its elements in order, at an aligned address, as nearly all are."""
+    """A tensor with its elements in order, at an aligned address, as nearly all have."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % _ALIGNMENT else x
 
@@ -165,7 +165,7 @@ def _launch(launch, key, arguments):
         compiled = launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
         launch.compiled[key] = compiled  # `None` if interpreted
     else:
-        # Without asking again for what the arguments are like, which takes longer than the
-        # kernel: their dtypes and the numbers are the same, and addresses are aligned.
+        # Without looking up the specialization, which takes longer than the kernel: dtypes and
+        # numbers are the same, and addresses are aligned.
         grid = (*launch.grid, 1, 1)[:3]
         compiled[grid](*arguments, *launch.constants.values())

@@ -1,1 +1,1 @@
-"""The operators by kernels."""
+"""Kernels for the operators."""

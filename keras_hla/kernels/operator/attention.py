@@ -1,4 +1,4 @@
-"""The operators by kernels, in the layout of the public functions."""
+"""The operators, evaluated by kernels, in the layout of the public functions."""
 
 from keras import ops
 
@@ -13,8 +13,8 @@ def attention(operator, inputs, state, return_state=True, devices=None):
         operator: One of those that the kernels know.
         inputs: `keras_hla.inputs.Inputs`.
         state: List of states, or `None`.
-        return_state: whether the states after the last token are wanted.
-        devices: those that hold the sequence, each a shard, or `None`.
+        return_state: Whether the states after the last token are wanted.
+        devices: The devices that hold shards of the sequence, or `None`.
 
     Returns:
         The output, `(batch, length, heads, value_dim)`, and the list of states or `None`.

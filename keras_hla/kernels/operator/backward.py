@@ -67,13 +67,13 @@ def backward_kernel(
 ):
     """The gradients in one span of one head, chunk by chunk from its end.
 
-    Given are the states before the chunks, that `forward_kernel` stores, the gradient of the
-    state after the last token, if `ENTERING`, and with `SEVERAL_SPANS` what `span_kernel`
-    stores if `REVERSE`. Stores that of the state before the first token if `LEAVING`.
+    Reads the states before the chunks, which `forward_kernel` stores, the gradient of the state
+    after the last token, if `ENTERING`, and with `SEVERAL_SPANS` what `span_kernel` stores if
+    `REVERSE`. Stores the gradient of the state before the first token, if `LEAVING`.
 
-    Gradients of queries and keys are added to those `before`, of the passes after this one.
-    Where keys are the values, theirs is that of both. For `flows` and `inners` see
-    `decay_gradient_kernel`. To `REFINE` is not to round scores.
+    Gradients of queries and keys are added to `before`, the gradients from later passes. Where
+    the keys are also the values, their gradient is the sum of both. For `flows` and `inners` see
+    `decay_gradient_kernel`. `REFINE` means that scores are not rounded.
     """
     span, row, batch, head = locate(spans, heads)
 

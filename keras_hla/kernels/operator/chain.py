@@ -8,8 +8,8 @@ from keras import ops
 from keras_hla.backend.devices import restored
 from keras_hla.kernels.launching import KernelFunction
 from keras_hla.kernels.operator import launches
-from keras_hla.kernels.operator.parts import states_between
 from keras_hla.kernels.operator.plan import Plan, plan_of
+from keras_hla.kernels.operator.shards import states_between
 from keras_hla.kernels.passes import Pass
 
 
@@ -18,12 +18,12 @@ def evaluate(run, options, tensors, save):
 
     Args:
         run: as in `KernelFunction`, as are the others.
-        options: the passes, as plain tuples; whether the states after it are wanted; and those that
-            hold the sequence together, as `devices.kept` gives them, or `None`.
+        options: the passes, as plain tuples; whether the states after it are wanted; and the
+            devices that hold shards of the sequence, as `devices.kept` gives them, or `None`.
         tensors: `"query"`, `"key"` and `"value"`, `(batch, length, heads, dim)`; `"log_decay"`,
             `(batch or 1, length, heads or 1)`, float32; and the states before the first token,
             by their places.
-        save: whether to return the states before each chunk, and what a pass gives to another.
+        save: whether to return the outputs that later passes read, and the states before chunks.
     """
     _, return_state, devices = options
     plan = _plan(plan_of, options, tensors)
@@ -42,8 +42,8 @@ def evaluate(run, options, tensors, save):
         chunk_states.append(saved)
     results = [known[plan.passes[-1].output]]
     results += [leaving[i] for i in sorted(leaving)] if return_state else []
-    exchanged = [known[pass_.output] for pass_ in plan.passes[:-1]]
-    return tuple(results), (*exchanged, *chunk_states) if save else ()
+    passed_on = [known[pass_.output] for pass_ in plan.passes[:-1]]
+    return tuple(results), (*passed_on, *chunk_states) if save else ()
 
 
 def gradients(run, options, tensors, saved, results, wanted):
@@ -53,10 +53,10 @@ def gradients(run, options, tensors, saved, results, wanted):
     devices = devices and restored(devices)
     decays = _decays(run, plan, tensors)
     count = len(plan.passes) - 1
-    exchanged, chunk_states = saved[:count], saved[count:]
+    passed_on, chunk_states = saved[:count], saved[count:]
     query = tensors["query"]
     known = {name: tensors[name] for name in ("query", "key", "value")}
-    known |= zip((pass_.output for pass_ in plan.passes[:-1]), exchanged, strict=True)
+    known |= zip((pass_.output for pass_ in plan.passes[:-1]), passed_on, strict=True)
     gradient, *of_states = results
     if gradient is None:  # of a loss that reads states alone
         gradient = ops.zeros((*query.shape[:3], tensors["value"].shape[3]), query.dtype)
@@ -98,13 +98,13 @@ def shapes(options, tensors, save):
     results = [plan.sequence(plan.passes[-1].output, plan.dtype)]
     by_state = sorted(plan.passes, key=lambda pass_: pass_.state)
     results += [plan.state(pass_, 1) for pass_ in by_state] if return_state else []
-    exchanged = [plan.sequence(pass_.output, plan.product_dtype) for pass_ in plan.passes[:-1]]
+    passed_on = [plan.sequence(pass_.output, plan.product_dtype) for pass_ in plan.passes[:-1]]
     chunk_states = [plan.state(pass_, plan.chunks, plan.product_dtype) for pass_ in plan.passes]
-    return tuple(results), (*exchanged, *chunk_states) if save else ()
+    return tuple(results), (*passed_on, *chunk_states) if save else ()
 
 
 def count(options):
-    """The number of the results."""
+    """The number of results."""
     passes, return_state, _ = options
     return 1 + len(passes) * return_state
 
@@ -133,12 +133,12 @@ def _decays(run, plan, tensors):
 
 
 def _around(run, plan, pass_, tensors, state, devices, reverse):
-    """What a program of a pass takes of the tokens before its own, or if `reverse` after them.
+    """The states that a program of a pass reads: before its tokens, or if `reverse` after them.
 
     Args:
         tensors: keys and values, or queries and gradients of outputs, and the decays.
-        state: that before all tokens, or `None`.
-        devices: those that hold the sequence together, or `None`.
+        state: state before all tokens, or `None`.
+        devices: devices that hold shards of the sequence, or `None`.
 
     Returns:
         The state before the tokens of the device; that after the tokens of all devices, `None`
@@ -160,7 +160,7 @@ def _add(x, y):
 
 
 def _like_input(x, like):
-    """From one gradient for each query head to one for each head that there is, in its dtype."""
+    """Sums the gradients of query heads that share a head, in the dtype of its tensor."""
     if x.shape[2] != like.shape[2]:
         batch, length, heads, _ = like.shape
         x = ops.sum(ops.reshape(x, (batch, length, heads, -1, x.shape[-1])), axis=3)

@@ -16,12 +16,13 @@ def decay_kernel(
     CHUNK: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Stores what the kernels need of a chunk's decays, `(batch * heads, chunks, 4, CHUNK)`.
+    """Stores the decays of a chunk as the kernels read them, `(batch * heads, chunks, 4, CHUNK)`.
 
-    First the sums `b_t` of the log-decays up to a token, in two parts, as in `keras_hla.scan`:
-    sums of whole 256ths are exact, those of the rests small, so that differences are accurate
-    however long the sums are. To products of bfloat16 that makes no difference: unless `EXACT`,
-    the first part has both. Then `exp(b_t)` and, with `c` the last token, `exp(b_c - b_t)`.
+    First the sums `b_t` of the log-decays up to a token, as two numbers like in
+    `keras_hla.scan`: a sum of whole 256ths, which is exact, and a sum of the remainders, which is
+    small. So differences are accurate however long the sums are. Products of bfloat16 gain nothing
+    by that: unless `EXACT`, the first number is the whole sum. Then `exp(b_t)` and, with `c` the
+    last token, `exp(b_c - b_t)`.
     """
     program = tl.program_id(0).to(tl.int64)
     chunks = tl.cdiv(length, CHUNK)

@@ -57,9 +57,9 @@ def forward_kernel(
 ):
     """The outputs of one span of one head, chunk by chunk.
 
-    Given are the state before the first token, if `ENTERING`, and with `SEVERAL_SPANS` what
-    `span_kernel` stores. Stores the state before each chunk too, if `SAVE`, and if `LEAVING` that
-    after the last token. `SAME` is for keys that are the values as well.
+    Reads the state before the first token, if `ENTERING`, and with `SEVERAL_SPANS` what
+    `span_kernel` stores. Stores the state before each chunk as well, if `SAVE`, and the state
+    after the last token, if `LEAVING`. `SAME` means that the keys are also the values.
     """
     span, row, batch, head = locate(spans, heads)
 

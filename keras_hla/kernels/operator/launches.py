@@ -1,6 +1,6 @@
-"""The launches of kernels that a plan asks for, as far as they are known before their inputs.
+"""The kernel launches that a plan asks for, as far as they are known before their inputs.
 
-They are found once for each plan, since to find them takes as long as the kernels.
+They are made once for each plan, since making them takes as long as the kernels.
 """
 
 import functools
@@ -71,7 +71,7 @@ def span_states(plan, pass_, reverse, of_all):
 
 @_cached
 def decays(plan, shape):
-    """Gives what the kernels need of log-decays of `shape`: see `decay_kernel`."""
+    """Gives the decays of `shape` as the kernels read them: see `decay_kernel`."""
     batch, length, heads = shape
     strides = (length * heads if batch > 1 else 0, heads, 1 if heads > 1 else 0)
     output = ((plan.rows, plan.chunks, 4, plan.chunk), "float32")
@@ -105,7 +105,7 @@ def _of_chunks(kernel, plan, numbers, output, **constants):
 
 
 def _dtype_of_gradient(plan, pass_, name):
-    """That of the products for what earlier passes add to or take, else that of the input."""
+    """The products' dtype for what earlier passes add to or read, else the input's dtype."""
     earlier = plan.passes[: plan.passes.index(pass_)]
     if any(name in ("query", other.key, other.value, other.output) for other in earlier):
         return plan.product_dtype

@@ -17,7 +17,7 @@ _FEWEST_SPAN_CHUNKS = 8
 
 @dataclasses.dataclass(frozen=True, eq=False)  # each is one of `plan_of`
 class Plan:
-    """The cut of one call: each head's sequence into spans, and those into chunks.
+    """How one call is divided: each head's sequence into spans, and spans into chunks.
 
     Spans run side by side, so that a few heads fill the GPU. With several the keys and
     values of a pass are read twice: first the states that spans leave are summed.
@@ -35,12 +35,12 @@ class Plan:
 
     @functools.cached_property
     def chunk(self):
-        """Tokens of a chunk: as many as the registers hold the scores of."""
+        """The tokens of a chunk: as many as have scores that fit the registers."""
         wide = max(self.dim, self.value_dim) > 64
         return 16 if wide and self.product_dtype == "float32" else 64
 
     def options(self, pass_, backward):
-        """How a kernel is compiled. Four warps hold a state of 64 x 64, eight one of 128 x 128."""
+        """Compiler options. Four warps hold a state of 64 x 64, eight one of 128 x 128."""
         wide, num_stages = self._wide(pass_), 1
         if self.product_dtype == "bfloat16":
             num_stages = 3 if not wide else 1 if backward else 2
@@ -106,14 +106,14 @@ class Plan:
             "SEVERAL_SPANS": self.spans > 1,
             "DECAYS": self.decays,
             "WIDE": self._wide(pass_),
-            # With decays close tokens weigh most, which states, kept in float32, do not hold.
+            # With decays close tokens weigh most. States, which are float32, do not hold these.
             "REFINE": self.decays and not self._wide(pass_),
             "PRECISION": "tf32x3",  # of products of float32; others are exact
         }
 
     def _group_of(self, name):
-        """How many query heads share a head of it."""
+        """The number of query heads that share a head of it."""
         return self.heads // self.key_heads if name in ("key", "value") else 1
 
 
-plan_of = functools.lru_cache(maxsize=256)(Plan)  # as a call finds out much, for short kernels
+plan_of = functools.lru_cache(maxsize=256)(Plan)  # as computing it takes longer than short kernels

@@ -1,4 +1,4 @@
-"""The primitive on one chunk, in Triton: what `keras_hla.scan` computes for all chunks at once.
+"""The primitive on one chunk, in Triton: what `keras_hla.scan` computes for all chunks.
 
     o_t = q_tᵀ H_t,   H_t = a_t^p H_{t-1} + k_t v_tᵀ
 
@@ -15,7 +15,7 @@ chunk with `exp(p b_t)`, and is held in that after it with `exp(p (b_c - b_t))`.
 import triton
 import triton.language as tl
 
-# Numbers that one compiled kernel serves all of, as what is known of them changes no instruction.
+# Arguments without a specialization of their own: their values change no instruction.
 NUMBERS = ("length", "heads", "span_chunks")
 
 
@@ -66,13 +66,12 @@ def mix(
 def _times(x, y, added, RIGHT: tl.constexpr, PRECISION: tl.constexpr):
     """`X Y + added`, or if `RIGHT` `Y X + added`.
 
-    What an `x` of float32 loses when it is cut to bfloat16, the dtype of `y`, is taken in by a
-    second product.
+    A float32 `x` is truncated to bfloat16, the dtype of `y`; a second product adds the remainder.
     """
     if x.dtype == y.dtype:
         return _product(x, y, added, RIGHT, PRECISION)
     else:
-        # Cut off, not rounded, which takes one instruction for two numbers.
+        # Truncated, not rounded: one instruction for two numbers.
         cut = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
         added = _product(cut.to(y.dtype), y, added, RIGHT, PRECISION)
         return _product((x - cut).to(y.dtype), y, added, RIGHT, PRECISION)
@@ -106,9 +105,9 @@ def advance(
 
 @triton.jit
 def inner_products(x, y, PRECISION: tl.constexpr):
-    """Those of the rows of `x` with the same rows of `y`.
+    """The products of the rows of `x` with the same rows of `y`.
 
-    They are the diagonal of a product, for which `y` need not be in registers, as these are few.
+    They are the diagonal of a product. `y` need not be in registers for them, which are few.
     """
     product = tl.dot(x.to(y.dtype), tl.trans(y), input_precision=PRECISION)
     index = tl.arange(0, x.shape[0])
@@ -125,7 +124,7 @@ def power(x, POWER: tl.constexpr):
 
 @triton.jit
 def locate(spans, heads):
-    """What a program evaluates: a span, a row of batch and head, and which these are."""
+    """The span that a program evaluates, its row of batch and head, and their numbers."""
     program = tl.program_id(0)
     span = program % spans
     row = (program // spans).to(tl.int64)
@@ -134,7 +133,7 @@ def locate(spans, heads):
 
 @triton.jit
 def at_token(tensor, token, head, heads, GROUP: tl.constexpr, DIM: tl.constexpr):
-    """Where the features of a head lie at a token, and how far on those of the next token do.
+    """The offset of a head's features at a token, and the stride from token to token.
 
     `tensor` has a head for each `GROUP` of the query heads.
     """
@@ -144,7 +143,7 @@ def at_token(tensor, token, head, heads, GROUP: tl.constexpr, DIM: tl.constexpr)
 
 @triton.jit
 def load_decays(start, DECAYS: tl.constexpr, CHUNK: tl.constexpr, PRODUCT: tl.constexpr):
-    """The sums `b_t` in two parts; `exp(b_t)`, `exp(b_c - b_t)`, `exp(b_c)`: see `decay_kernel`."""
+    """The sums `b_t`, in two numbers; `exp` of `b_t`, `b_c - b_t`, `b_c`: see `decay_kernel`."""
     coarse, rest, from_start, to_end, total = 0.0, 0.0, 0.0, 0.0, 0.0
     if DECAYS:
         index = tl.arange(0, CHUNK)
@@ -159,7 +158,7 @@ def load_decays(start, DECAYS: tl.constexpr, CHUNK: tl.constexpr, PRODUCT: tl.co
 
 @triton.jit
 def load_rows(start, stride, count, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A `(ROWS, BLOCK)` tile of `DIM` features in `count` rows, filled up with zeros."""
+    """A `(ROWS, BLOCK)` tile of `DIM` features in `count` rows, padded with zeros."""
     rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
     inside = rows < count
     if DIM != BLOCK:

@@ -1,4 +1,4 @@
-"""The states of spans, each from zero, and from these the states between them, in Triton."""
+"""The states that spans leave from zero, and the states between spans, in Triton."""
 
 import triton
 import triton.language as tl
@@ -47,9 +47,9 @@ def span_kernel(
 ):
     """The state that one span of one head leaves, from zero, and `a^p` over it.
 
-    Unless `ALL`, what the last one leaves is left out, or backwards the first.
+    Unless `ALL`, the last span is skipped; if `REVERSE`, the first.
 
-    If `REVERSE`, the gradient of the state before it: `key` has the queries, `value` the
+    If `REVERSE`, the gradient of the state before the span: `key` holds the queries, `value` the
     gradients of the outputs.
     """
     span, row, batch, head = locate(spans, heads)
@@ -104,7 +104,7 @@ def state_between(
     VALUE_DIM: tl.constexpr,
     DECAYS: tl.constexpr,
 ):
-    """From the state at an end of the sequence to that beyond `count` spans.
+    """The state beyond `count` spans, from the state at an end of the sequence.
 
     `H_{m+1} = a_m^p H_m + span_states_m`; the first is at `place`, the next at `place + step`.
     """

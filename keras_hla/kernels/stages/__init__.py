@@ -1,1 +1,1 @@
-"""The stages before and after an operator by kernels: each the same as in `keras_hla.stages`."""
+"""Kernels for the stages before and after an operator, each the same as in `keras_hla.stages`."""

@@ -61,7 +61,7 @@ def load_token(
 
 @triton.jit
 def _locate(length, FEATURES: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sequence, the tokens and the features of a program, and the number of its tile."""
+    """The sequence, the tokens and the features of a program, and the index of its tile."""
     blocks = tl.cdiv(FEATURES, BLOCK)
     program = tl.program_id(0)
     tile = program // blocks
@@ -112,9 +112,9 @@ def convolution_gradient_kernel(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient of `x`, and for each tile of tokens that of the kernel.
+    """The gradient of `x`, and the gradient of the kernel for each tile of tokens.
 
-    Sums are computed again, for each of the tokens that read a token.
+    The convolution is recomputed for each token that reads a token.
     """
     row, token, feature, tile = _locate(length, FEATURES, TOKENS, BLOCK)
     start = row * length * FEATURES

@@ -20,7 +20,7 @@ def _load(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The place of a tile, what of it is inside, the normalized rows, their factors, the scale."""
+    """The addresses and the mask of a tile, its normalized rows, their factors, the scale."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     place = row[:, None] * DIM + column[None, :]
@@ -60,7 +60,7 @@ def norm_gradient_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient of `x`, and for each program that of the scale."""
+    """The gradient of `x`, and the gradient of the scale for each program."""
     place, inside, x, factor, scale = _load(x, scale, rows, DIM, EPSILON, ROWS, BLOCK)
     g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
     column = tl.arange(0, BLOCK)

@@ -1,7 +1,7 @@
 """From joint projections to queries, keys and values, in Triton.
 
-Convolution, activation, scale and rotation, as in `keras_hla.stages`, with one reading of the
-projections and one writing.
+Convolution, activation, scale and rotation, as in `keras_hla.stages`. The projections are read
+once, and the results are written once.
 """
 
 import functools
@@ -32,9 +32,9 @@ def _locate(
 ):
     """Where a program is: its tile and sequence, its first token, and its head.
 
-    Of that, the feature of the projections at which it starts, where it is in the tensor of
-    queries, keys or values, how far it is from token to token there, its size, the factor of its
-    features, and how many pairs of them turn.
+    Of the head: its first feature in the projections, its address in the tensor of queries, keys
+    or values, the stride from token to token there, its size, the factor of its features, and
+    the number of pairs of features that are rotated.
     """
     heads = HEADS + 2 * KEY_HEADS
     program = tl.program_id(0)
@@ -69,7 +69,7 @@ def _load_angles(
     ROTATE: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """Cosines and sines times the factor; where nothing turns, that of an angle of zero."""
+    """Cosines and sines times the factor; those of an angle of zero where nothing is rotated."""
     c, s = factor, 0.0
     if ROTATE:
         start = token if SHARED else row * length + token
@@ -159,9 +159,9 @@ def operands_gradient_kernel(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient of the projections, and for each tile of tokens that of the kernel.
+    """The gradient of the projections, and the gradient of the kernel for each tile of tokens.
 
-    The last `SIZE - 1` tokens of a tile are read by those before, and have their place in the next.
+    The last `SIZE - 1` tokens of a tile are read here, but their gradients are of the next tile.
     """
     features = HEADS * DIM + KEY_HEADS * (DIM + VALUE_DIM)
     tile, row, token, start, place, stride, dim, factor, turned = _locate(
@@ -238,14 +238,14 @@ def _gather(
     SIZE: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """What tokens get from those of the tile that read them."""
+    """The gradient of tokens from the tokens of the tile that read them."""
     TOKENS: tl.constexpr = token.shape[0]
     index = tl.arange(0, TOKENS)
     total = tl.zeros(g.shape, tl.float32)
     for j in tl.static_range(SIZE):
         later = g
         if j > 0:
-            # The last rows, which have their place in the next tile, are not right.
+            # The last rows are wrong here. They belong to the next tile.
             row = tl.minimum(index + j, TOKENS - 1)[:, None]
             later = tl.gather(g, tl.broadcast_to(row, g.shape), 0)
         if SEGMENTS:
@@ -294,7 +294,7 @@ def _launch(shape, dtype, size, segments, shared, options, backward):
 
 
 def _arguments(options, tensors, backward):
-    """The launch and the inputs that both kernels have."""
+    """The launch, and the inputs that both kernels read."""
     x, kernel, segments, cos = (tensors.get(n) for n in ("x", "kernel", "segments", "cos"))
     size = None if kernel is None else kernel.shape[0]
     shared = None if cos is None else cos.shape[0] == 1

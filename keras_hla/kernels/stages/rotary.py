@@ -27,7 +27,7 @@ def rotary_kernel(
 ):
     """Rows are of batch, token and head; angles of batch and token, or if `SHARED` of token.
 
-    If `BACK`, rotates the other way: that is the gradient.
+    If `BACK`, rotates in the opposite direction, which gives the gradient.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)

@@ -20,7 +20,7 @@ def silu_gradient(x):
 
 
 def rows_of(block):
-    """How many rows of `block` features a program takes in."""
+    """The number of rows of `block` features that a program reads."""
     return max(1, _ELEMENTS // block)
 
 
