@@ -46,6 +46,15 @@ def parse(argv=None):
     return arguments
 
 
+def use(arguments):
+    """Chooses the backend, and as many virtual CPU devices as are asked for."""
+    os.environ["KERAS_BACKEND"] = arguments.backend
+    if arguments.backend == "jax":
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", max(arguments.devices))
+
+
 def attend(arguments, inputs, context_parallel):
     """The output for query, key, value and log-decay, of the whole sequence or of a shard."""
     from keras_hla.ops import higher_order_attention  # once the backend is chosen
@@ -63,16 +72,18 @@ def attend(arguments, inputs, context_parallel):
 
 
 def report(arguments, rows):
-    """Prints rows: how many devices, of what kind, seconds, bytes, differences from one device."""
+    """Prints rows: number and kind of devices, seconds, bytes in memory of each, differences from
+    one device, and bytes that each receives.
+    """
     first = None
-    for count, kind, seconds, memory, differences in rows:
+    for count, kind, seconds, memory, differences, exchanged in rows:
         first = first or seconds
         shown = "" if memory is None else f"  {memory / 1e6:8,.0f} MB per device"
         worst = max(differences)
         print(
             f"{arguments.backend}, {count} devices ({kind}): {1e3 * seconds:9.2f} ms "
             f" {arguments.length / seconds:12,.0f} tokens/s  {first / seconds:5.2f}x speedup{shown}"
-            f"  largest relative difference {worst:.1e}",
+            f"  {exchanged / 1e6:.2f} MB exchanged  largest relative difference {worst:.1e}",
             flush=True,
         )
         limit = 1e-5 if arguments.dtype == "float32" else 1e-2
@@ -98,7 +109,7 @@ def median_time(step, wait):
 
 def main(argv=None):
     arguments = parse(argv)
-    os.environ["KERAS_BACKEND"] = arguments.backend
+    use(arguments)
     if arguments.backend == "jax":
         from benchmarks.one_sequence_jax import run
     else:

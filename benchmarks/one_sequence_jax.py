@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
+from benchmarks import collectives
 from benchmarks.one_sequence import attend, median_time, relative
 
 
 def run(arguments):
     """Yields the rows of `one_sequence.report`."""
-    jax.config.update("jax_num_cpu_devices", max(arguments.devices))
     devices, most = jax.devices(), max(arguments.devices)
     if len(devices) < most:
         raise ValueError(f"There must be {most} devices of a kind. Received: {devices}")
@@ -28,7 +28,8 @@ def run(arguments):
 
         seconds = median_time(evaluate, lambda: None)
         memory = getattr(program.memory_analysis(), "temp_size_in_bytes", None)
-        yield count, devices[0].device_kind, seconds, memory, differences
+        exchanged = collectives.of_program(program.as_text())
+        yield count, devices[0].device_kind, seconds, memory, differences, exchanged
 
 
 def draw(arguments):

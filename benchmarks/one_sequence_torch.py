@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import distributed
 
+from benchmarks import collectives
 from benchmarks.one_sequence import attend, median_time, relative
 
 
@@ -46,12 +47,15 @@ def _process(rank, count, folder, arguments):
     if on_gpus:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+    with collectives.counted() as exchanged:
+        step(arguments, tensors, group)
     seconds = median_time(lambda: step(arguments, tensors, group), wait)
     if on_gpus:
         memory = torch.cuda.max_memory_allocated() - before
     if rank == 0:
         name = torch.cuda.get_device_name() if on_gpus else "cpu"
-        torch.save((count, name, seconds, memory, differences), Path(folder) / "row")
+        row = count, name, seconds, memory, differences, exchanged.total
+        torch.save(row, Path(folder) / "row")
     distributed.destroy_process_group()
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import re
 import time
 
 import keras
@@ -17,6 +16,7 @@ from benchmarks import (
     memory,
     own_layers,
     runtime,
+    scaling,
     streaming,
     trainees,
 )
@@ -238,10 +238,25 @@ def test_steps_compiled_anew_are_refused(monkeypatch):
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow splits no sequence over devices")
-def test_one_sequence_on_several_devices():
-    options = ["--length", "64", "--heads", "2", "--dim", "8", "--dtype", "float32"]
-    output = run_python("-m", "benchmarks.one_sequence", "--backend", BACKEND, *options)
-    assert re.findall(r"(\d) devices .* tokens/s", output) == ["1", "2"]
+def test_scaling_to_two_devices(tmp_path):
+    options = ["--size", "small", "--dtype", "float32", "--cases", "data,sequence"]
+    options += ["--backend", BACKEND, "--out", tmp_path]
+    run_python("-m", "benchmarks.scaling", *options)
+    with (tmp_path / f"scaling_{BACKEND}.csv").open(encoding="utf-8") as file:
+        rows = [*csv.DictReader(file)]
+    assert [(x["case"], x["mesh"]) for x in rows] == [
+        ("data", "1 x 1"),
+        ("data", "2 x 1"),
+        ("sequence", "1 x 1"),
+        ("sequence", "1 x 2"),
+    ]
+    exchanged = [float(x["megabytes_exchanged"]) for x in rows]
+    assert exchanged[0] == exchanged[2] == 0
+    model, _ = scaling.make_model(scaling.parse(options[:4]))
+    assert exchanged[1] == pytest.approx(4 * model.count_params() / 1e6, rel=1e-4)  # gradients
+    # A state and the decays over it of each pass, forward and backward, and of hla2 two passes.
+    assert 0 < exchanged[3] < 0.2
+    assert (tmp_path / f"scaling_{BACKEND}.png").exists()
 
 
 @torch_alone
