@@ -1,7 +1,7 @@
-"""The primitive over a sequence of which each device holds a contiguous part.
+"""The primitive over a sequence of which each device holds a contiguous shard.
 
 Devices are one more level of blocks, above that of chunks: each scans its own chunks from zero,
-all exchange the sums that this gives, and each takes up the state that the parts before its own
+all exchange the sums that this gives, and each takes up the state that the shards before its own
 leave. A pass has one exchange, of a size that does not depend on the length.
 """
 
@@ -11,13 +11,13 @@ from keras_hla.scan import ChunkedScan, decays_before, scan_chunks, total_log_de
 
 
 class DistributedScan(ChunkedScan):
-    """`ChunkedScan` of the whole sequence, called on each device with its own part.
+    """`ChunkedScan` of the whole sequence, called on each device with its own shard.
 
     The state before the first token of all, which is the same on all devices, comes in; the one
     after the last token of all goes out, the same on all devices.
 
     Args:
-        log_decay, size, dtype: as for `ChunkedScan`, of the own part.
+        log_decay, size, dtype: as for `ChunkedScan`, of its own shard.
         devices: as `keras_hla.backend.devices.devices_of` returns them.
     """
 
@@ -35,7 +35,7 @@ class DistributedScan(ChunkedScan):
         return entering + before, self._devices.shared(last)
 
     def _gather(self, own, log_chunk):
-        """The sums of all parts, `(..., devices, d, dv)`, and the log-decays of each."""
+        """The sums of all shards, `(..., devices, d, dv)`, and the log-decays of each."""
         if log_chunk is None:
             return self._devices.gather(own, axis=-3), None
         *lead, rows, columns = ops.shape(own)

@@ -56,8 +56,8 @@ def split_sequence(model: keras.Model, context_parallel: Any) -> None:
     ```python
     keras_hla.distribution.split_sequence(model, "sequence")
     mesh = jax.sharding.Mesh(jax.devices(), ("sequence",))
-    part = jax.sharding.PartitionSpec(None, "sequence")
-    call = jax.shard_map(model, mesh=mesh, in_specs=part, out_specs=part)
+    shard = jax.sharding.PartitionSpec(None, "sequence")
+    call = jax.shard_map(model, mesh=mesh, in_specs=shard, out_specs=shard)
     logits = jax.jit(call)(tokens)
     ```
 

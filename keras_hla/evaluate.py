@@ -32,7 +32,7 @@ def evaluate(
         epsilon: Added to the denominator by which outputs are divided. `None` divides by none.
         chunk_size: Of the chunked form; `None` chooses.
         implementation: `"portable"` or `"triton"`, as `keras_hla.kernels.choose` tells.
-        devices: Those that hold the sequence together, each a part, for the chunked form; `None`
+        devices: Those that hold the sequence, each a shard, for the chunked form; `None`
             where there is one.
 
     Returns:

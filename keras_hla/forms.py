@@ -32,7 +32,7 @@ from keras_hla.scan import (
 
 
 def chunked(operator, query, key, value, log_decay, state, chunk_size=None, devices=None):
-    """The parallel form, of a whole sequence or of its part on each of several devices."""
+    """The parallel form, of a whole sequence or of the shard of each device."""
     length = ops.shape(query)[-2]
     if is_known(length) and length == 1 and state is not None and devices is None:
         return step(operator, query, key, value, log_decay, state)

@@ -12,7 +12,7 @@ _LARGEST = 2**31 - 1  # of the integers that count tokens
 def segment_starts(segment_ids, mask, devices=None):
     """Where a segment starts, `(batch, length)`, but for the first one, which goes on.
 
-    Tokens where `mask` is false belong to no segment. Of a part of a sequence, which several
+    Tokens where `mask` is false belong to no segment. Of a shard of a sequence, which several
     devices hold, the first segment goes on if it is the last of the parts before.
     """
     if devices is None:
@@ -21,7 +21,7 @@ def segment_starts(segment_ids, mask, devices=None):
     last = devices.gather(ops.stack(_last_unmasked(segment_ids, mask), axis=-1), axis=1)
     earlier = count_up(last.shape[1]) < devices.index
     before, is_known = _last_unmasked(last[..., 0], (last[..., 1] > 0) & earlier)
-    # As a token in front of the part.
+    # As a token in front of the shard.
     segment_ids = ops.concatenate([before[:, None], segment_ids], axis=1)
     mask = ops.concatenate([is_known[:, None] > 0, mask], axis=1)
     return _starts(segment_ids, mask)[:, 1:]

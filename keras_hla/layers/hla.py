@@ -23,7 +23,7 @@ from keras_hla.layers.options import HLAOptions
 from keras_hla.layers.own_parameters import check_own_parameters
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
 from keras_hla.layers.rematerialization import scan_rematerialized
-from keras_hla.layers.sequence_part import SequencePart
+from keras_hla.layers.sequence_shard import SequenceShard
 from keras_hla.layers.state_scope import current_state_scope
 from keras_hla.masking import segment_starts
 from keras_hla.types import DType, Implementation, Shape, State, Tensor
@@ -263,17 +263,19 @@ class HLA(CompositeLayer):
             )
         if mask is not None:
             sequences = ops.where(mask[..., None], sequences, 0)
-        starts, part = _starts(segment_ids, mask, devices), None
+        starts, shard = _starts(segment_ids, mask, devices), None
         if devices is not None:
-            part = SequencePart(devices, ops.shape(sequences)[1], mask, starts)
+            shard = SequenceShard(devices, ops.shape(sequences)[1], mask, starts)
         states = self._starting_states(initial_state)
         kept = self.return_state or self.stateful or scope is not None
-        output, states = self._in_parts(states, sequences, mask, starts, kept and self.causal, part)
+        output, states = self._in_parts(
+            states, sequences, mask, starts, kept and self.causal, shard
+        )
         warn_of_redrawn_dropout(self, self.cell, training)
         output, last = self.cell.drop(output, training), None
         filled = mask is not None and not self.zero_output_for_mask
-        if part is not None and (filled or not self.return_sequences):
-            before, last = outputs_around(part, output, mask)
+        if shard is not None and (filled or not self.return_sequences):
+            before, last = outputs_around(shard, output, mask)
         if mask is not None:
             output, last = at_masked(output, mask, before, last, filled, self.return_sequences)
         if scope is not None:
@@ -286,20 +288,20 @@ class HLA(CompositeLayer):
             output = ops.sum(output[:, -1:], axis=1) if last is None else last
         return (output, *states) if self.return_state else output
 
-    def _in_parts(self, states, sequences, mask, starts, return_state, part=None):
+    def _in_parts(self, states, sequences, mask, starts, return_state, shard=None):
         """The outputs, before dropout, and the tuple of states, if they are wanted."""
         length, longest = sequences.shape[1], self.remat_length
         inputs = {"sequences": sequences, "mask": mask, "starts": starts}
-        whole = functools.partial(self._one_part, return_state=return_state, part=part)
+        whole = functools.partial(self._one_part, return_state=return_state, shard=shard)
         if not self.causal or not is_known(length) or longest is None or length <= longest:
             return whole(states, **inputs)
-        if part is not None:  # each pass is of all devices, so that there is no cutting it
-            return recomputed(whole, self.cell.weights, part.devices)(states, **inputs)
+        if shard is not None:  # each pass is of all devices, so that there is no cutting it
+            return recomputed(whole, self.cell.weights, shard.devices)(states, **inputs)
         if states is None:
             states = self.get_initial_state(ops.shape(sequences)[0])
         return scan_rematerialized(self._one_part, states, inputs, longest, self.cell.weights)
 
-    def _one_part(self, states, sequences, mask=None, starts=None, return_state=True, part=None):
+    def _one_part(self, states, sequences, mask=None, starts=None, return_state=True, shard=None):
         """`_in_parts` at once: choose, project, evaluate, finish."""
         cell, segmented = self.cell, starts is not None
         implementation, _ = self.implementation_for(sequences, segmented)
@@ -309,7 +311,7 @@ class HLA(CompositeLayer):
             return fused_layers.mix(self, ops.cast(sequences, self.compute_dtype), starts), ()
         memory, context = (None, {}) if states is None else cell.split_states(states)
         (query, key, value, log_decay), context = cell.project(
-            sequences, context, mask, starts, return_state, fused, part
+            sequences, context, mask, starts, return_state, fused, shard
         )
         output, memory = evaluate(
             cell.operator,
@@ -320,7 +322,7 @@ class HLA(CompositeLayer):
             epsilon=cell.epsilon if cell.normalize else None,
             chunk_size=self.chunk_size,
             implementation=implementation,
-            devices=None if part is None else part.devices,
+            devices=None if shard is None else shard.devices,
         )
         output = cell.finish(output, sequences, fused)
         return output, (*memory, *context.values()) if return_state else ()

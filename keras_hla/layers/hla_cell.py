@@ -166,7 +166,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
         starts: Tensor | None = None,
         return_context: bool = True,
         fused: bool = False,
-        part: Any = None,
+        shard: Any = None,
     ) -> Any:
         """What the operator takes.
 
@@ -179,7 +179,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
                 starts that forgets all before it.
             return_context: Whether the new context is wanted; without it is empty.
             fused: Whether kernels compute the stages.
-            part: The `SequencePart` that `sequences` is, or `None` where it is the whole.
+            shard: The `SequenceShard` that `sequences` is, or `None` where it is the whole.
 
         Returns:
             Query, key and value, `(batch, length, heads, dim)`, and the log-decay or `None`;
@@ -191,7 +191,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
         after = {}
         if self.conv_kernel_size is not None:
             projected, after["window"] = self._convolve(
-                projected, context.get("window"), mask, starts, return_context, fused, part
+                projected, context.get("window"), mask, starts, return_context, fused, shard
             )
         query, key, value = projected
         query = _split_heads(query, self.num_heads, self.key_dim)
@@ -209,18 +209,18 @@ class HLACell(HLAWeights, DropoutRNNCell):
             query = query * self.scale
         else:
             (cos, sin), after["position"] = self._angles(
-                sequences, context.get("position"), mask, return_context, part
+                sequences, context.get("position"), mask, return_context, shard
             )
             query = stages.rotate(query, cos, sin, self.scale, fused)
             key = stages.rotate(key, cos, sin, fused=fused)
         log_decay = None if self.decay is None else self.log_decay(sequences)
         return (query, key, value, log_decay), after if return_context else {}
 
-    def _convolve(self, projected, window, mask, starts, return_window, fused, part):
+    def _convolve(self, projected, window, mask, starts, return_window, fused, shard):
         """The convolution of the projected queries, keys and values, and the window after it."""
-        if part is not None:
+        if shard is not None:
             own = self._window_after(projected, (None,) * 3, mask, starts)
-            window, last = part.last_tokens(own, window, segmented=starts is not None)
+            window, last = shard.last_tokens(own, window, segmented=starts is not None)
         splits = list(itertools.accumulate(self.projected_sizes[:-1]))
         # Together where there is more to each call than to its products.
         joint = mask is not None or is_single_token(projected[0])
@@ -238,7 +238,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
         after = None
         if return_window:
             tokens, _, before = zip(*parts, strict=True)
-            after = self._window_after(tokens, before, mask, starts) if part is None else last
+            after = self._window_after(tokens, before, mask, starts) if shard is None else last
             after = ops.cast(after, self.state_dtype)
         return (ops.split(projected[0], splits, axis=-1) if joint else projected), after
 
@@ -250,18 +250,18 @@ class HLACell(HLAWeights, DropoutRNNCell):
         ]
         return ops.concatenate(after, axis=-1)
 
-    def _angles(self, sequences, position, mask, return_position, part):
+    def _angles(self, sequences, position, mask, return_position, shard):
         """The cosines and sines of the tokens' positions, and the position after them."""
-        if part is not None:
+        if shard is not None:
             if position is None:
                 position = ops.zeros((ops.shape(sequences)[0], 2), self.state_dtype)
-            position, last = part.positions(position)
+            position, last = shard.positions(position)
         before, total = _count(sequences, mask, self.state_dtype)
         block, rest = (None, 0.0) if position is None else split_position(position)
         angles = rotation(block, rest + before, self.turns)
         if not return_position:
             return angles, None
-        if part is not None:
+        if shard is not None:
             return angles, last
         if position is None:
             block = rest = ops.zeros((ops.shape(sequences)[0], 1), self.state_dtype)

@@ -6,9 +6,9 @@ from keras_hla import stages
 from keras_hla.masking import fill_forward
 
 
-def outputs_around(part, output, mask):
-    """The outputs of the last unmasked tokens before a `SequencePart`, and of all parts."""
-    around = part.last_tokens(stages.last_window(output, 2, mask=mask))
+def outputs_around(shard, output, mask):
+    """The outputs of the last unmasked tokens before a `SequenceShard`, and of all shards."""
+    around = shard.last_tokens(stages.last_window(output, 2, mask=mask))
     return [x[:, 0] for x in around]
 
 

@@ -15,7 +15,7 @@ def current_state_scope():
 
 
 def check_not_split(layer):
-    """Raises a `ValueError` if an `HLA` layer takes what it is given for a part of a sequence."""
+    """Raises a `ValueError` if an `HLA` layer is split over devices."""
     if layer.context_parallel is not None:
         raise ValueError(
             "A stream is read by one device, which holds its states: layer "

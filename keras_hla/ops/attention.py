@@ -150,8 +150,8 @@ def higher_order_attention(
     attention = functools.partial(
         keras_hla.ops.higher_order_attention, log_decay=-0.1, context_parallel="sequence"
     )
-    part = jax.sharding.PartitionSpec(None, "sequence")
-    attention = jax.shard_map(attention, mesh=mesh, in_specs=part, out_specs=part)
+    shard = jax.sharding.PartitionSpec(None, "sequence")
+    attention = jax.shard_map(attention, mesh=mesh, in_specs=shard, out_specs=shard)
     output = jax.jit(attention)(q, k, v)
     ```
     """

@@ -1,4 +1,4 @@
-"""The part of a sequence that one device holds, where several hold it together."""
+"""The shard of a sequence that a device holds in context parallelism."""
 
 from keras import ops
 
@@ -7,16 +7,16 @@ from keras_hla.stages import last_window
 from keras_hla.stages.rotary import moved_on
 
 
-class SequencePart:
+class SequenceShard:
     """What a layer reads of the parts before its own, and what it leaves after all of them.
 
     What it exchanges is of a size that does not depend on the length.
 
     Args:
         devices: as `keras_hla.backend.devices.devices_of` returns them.
-        length: number of tokens of the own part.
-        mask: boolean tensor of the own part, `(batch, length)`, or `None`.
-        starts: boolean tensor of the own part, `(batch, length)`, true where a segment starts, or
+        length: number of tokens of the own shard.
+        mask: boolean tensor of the own shard, `(batch, length)`, or `None`.
+        starts: boolean tensor of the own shard, `(batch, length)`, true where a segment starts, or
             `None`.
     """
 
@@ -30,18 +30,18 @@ class SequencePart:
         self._is_earlier = count_up(facts.shape[1]) < devices.index
 
     def positions(self, position):
-        """The positions `(batch, 2)` before the own part and after all, from that before all."""
+        """The positions `(batch, 2)` before the own shard and after all, from that before all."""
         before = ops.sum(ops.where(self._is_earlier, self._tokens, 0), axis=1, keepdims=True)
         total = ops.sum(self._tokens, axis=1, keepdims=True)
         after = self.devices.shared(moved_on(position, total))
         return moved_on(position, before), after
 
     def last_tokens(self, own, window=None, segmented=False):
-        """The last tokens before the own part, and those at the end of all parts.
+        """The last tokens before the own shard, and those at the end of all shards.
 
         Args:
             own: tensor of shape `(batch, n, features)`, the last `n` unmasked tokens of the own
-                part, and zeros before them if it has fewer.
+                shard, and zeros before them if it has fewer.
             window: tensor of that shape, the tokens before all parts. `None` is zeros.
             segmented: whether those of other segments than the last are zero, as in `own`.
 
