@@ -194,7 +194,7 @@ def plot(report, path):
 
 
 def write(model, characters, prompt):
-    """Takes in the prompt at once, then writes on from the state, character by character."""
+    """Reads the prompt at once, then generates from the state, character by character."""
     print(f"Prompt, from the held-out text:\n{prompt}")
     print(f"Continuation by the model, at temperature {TEMPERATURE}:")
     pieces = keras_hla.generate_stream(

@@ -12,7 +12,7 @@ The answer to a text comes as server-sent events while the model writes:
 `data: {"text": "a"}` for each character, then `data: {"done": true}` or
 `data: {"error": ...}`. The session keeps the model's state, of constant size, so
 that the next text goes on after this one and what was written to it. Temperature 0
-takes the likeliest character each time.
+takes the most likely character each time.
 
 Export under TensorFlow: what JAX exports is compiled for each new number of
 sessions in a step and length of a text, while all sessions wait.

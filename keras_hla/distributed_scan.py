@@ -13,8 +13,8 @@ from keras_hla.scan import ChunkedScan, decays_before, scan_chunks, total_log_de
 class DistributedScan(ChunkedScan):
     """`ChunkedScan` of the whole sequence, called on each device with its own shard.
 
-    The state before the first token of all, which is the same on all devices, comes in; the one
-    after the last token of all goes out, the same on all devices.
+    The state before the whole sequence comes in, and the state after it goes out: each is the same
+    on all devices.
 
     Args:
         log_decay, size, dtype: as for `ChunkedScan`, of its own shard.

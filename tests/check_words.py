@@ -19,7 +19,7 @@ WORDS = {
     r"bits a byte": "bits per byte",
     r"portable path": "portable implementation",
     r"held to (the|its|float64|one another|each other)": "checked against, compared with",
-    r"computed? anew|computed again": "recomputed",
+    r"computes? (anew|again)|computed (anew|again)": "recompute",
     r"outside of what (it|they) may be": "not among the allowed values",
     r"what becomes of": "(say what it is)",
 }

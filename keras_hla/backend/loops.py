@@ -86,9 +86,9 @@ def scan_recomputed(step, state, inputs, variables):
 
 
 def recomputed(function, variables, devices):
-    """The function of tensors, which the backward pass computes again.
+    """The function of tensors, which the backward pass recomputes.
 
-    Under PyTorch it exchanges nothing then: processes may differ in what they compute again.
+    Under PyTorch that runs no collectives: processes may differ in what they recompute.
 
     Args:
         function: takes and returns nests of tensors.

@@ -16,7 +16,7 @@ from keras_hla.operators import Operator
 from keras_hla.types import DType, Seed, State, Tensor
 
 # The operators of a model that is asked for none: see `docs/evidence.md`.
-_IN_TURN = ["linear", "hla2"]
+_ALTERNATING = ["linear", "hla2"]
 # Arguments of the blocks that generation leaves no choice of.
 _FIXED: dict[str, Any] = {"return_state": True, "stateful": False, "causal": True}
 
@@ -34,11 +34,11 @@ class HLABackbone(Backbone):
         key_dim: Size of each query and key head. `None` is
             `hidden_dim / num_heads`.
         operator: Operator of the blocks, as in `HLACell`, or a list of operators,
-            which the blocks take in turn. `None` is `["linear", "hla2"]`, which
-            recall and write better together than alone, and `"hla2"` for a
+            which the blocks alternate. `None` means `["linear", "hla2"]`, which
+            recall and generate better together than alone, or `"hla2"` for a
             single block.
-        dropout: Share in [0, 1) of the outputs of the mixers and of the MLPs
-            that are dropped in training.
+        dropout: Fraction in [0, 1) of the outputs of the mixers and of the MLPs
+            that training drops.
         norm_epsilon: Positive number, added to the mean squares of the norms.
         tie_word_embeddings: Whether the logits of a language model are computed
             with the weights of the embedding, or with separate weights.
@@ -113,9 +113,9 @@ class HLABackbone(Backbone):
                 f"Received: hidden_dim={hidden_dim}, num_heads={num_heads}, key_dim=None"
             )
         if operator is None:
-            operator = _IN_TURN[-num_layers:]
-        in_turn: list = list(operator) if isinstance(operator, (list, tuple)) else [operator]
-        if not 0 < len(in_turn) <= num_layers:
+            operator = _ALTERNATING[-num_layers:]
+        alternating: list = list(operator) if isinstance(operator, (list, tuple)) else [operator]
+        if not 0 < len(alternating) <= num_layers:
             raise ValueError(
                 "Argument `operator` must be an operator, or a list of at least one and at most "
                 f"`num_layers` of them. Received: operator={operator!r}, num_layers={num_layers}"
@@ -132,7 +132,7 @@ class HLABackbone(Backbone):
                 num_heads,
                 hidden_dim // num_heads if key_dim is None else key_dim,
                 intermediate_dim,
-                operator=in_turn[i % len(in_turn)],
+                operator=alternating[i % len(alternating)],
                 dropout=dropout,
                 norm_epsilon=norm_epsilon,
                 seed=None if seed is None else seed + i,  # or all blocks would drop alike
@@ -164,7 +164,7 @@ class HLABackbone(Backbone):
         self.num_layers = num_layers
         self.hidden_dim = hidden_dim
         self.tie_word_embeddings = tie_word_embeddings
-        self._period = len(in_turn)
+        self._period = len(alternating)
 
     @staticmethod
     def get_layout_map(
@@ -189,7 +189,7 @@ class HLABackbone(Backbone):
             A `keras.distribution.LayoutMap`, for `keras.distribution.ModelParallel`.
 
         Raises:
-            ValueError: if `device_mesh` is no mesh, or has no such axis.
+            ValueError: if `device_mesh` is not a mesh, or has no such axis.
 
         Example:
 

@@ -71,7 +71,7 @@ def _log_sigmoid(x):
 
 
 def check_decay(decay, num_heads):
-    """Returns `decay` as it goes into a config; raises `ValueError` where it is none."""
+    """Returns `decay` as it goes into a config; raises `ValueError` if it is not a decay."""
     if decay is None or (isinstance(decay, str) and decay in _NAMES):
         return decay
     if isinstance(decay, list | tuple | np.ndarray):

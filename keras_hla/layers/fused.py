@@ -1,7 +1,7 @@
 """A layer's stages from the first token on as one function, under PyTorch on a GPU.
 
-One at a time the host takes longer to call them, with the layers and operations of Keras between
-them, than a GPU to compute them. What `HLACell` computes is said here a second time.
+Called one at a time, through the layers and operations of Keras, the stages have a CPU overhead
+above their time on a GPU. This file repeats what `HLACell` computes.
 """
 
 import weakref

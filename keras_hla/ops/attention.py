@@ -131,8 +131,8 @@ def higher_order_attention(
 
     Raises:
         ValueError: if shapes, dtypes, names, numbers or options do not fit
-            together; and if `context_parallel` is given under TensorFlow, which has
-            no engine for it, or means no devices.
+            together; if `context_parallel` is not among its allowed values; and if
+            it is given under TensorFlow, which does not support it.
 
     Example:
 

@@ -27,8 +27,8 @@ def sample(logits, uniform, inverse, top_p, top_k):
         logits: tensor of shape `(batch, vocabulary)`, float32 or float64, as is computed in.
         uniform: tensor of shape `(batch,)`, in [0, 1).
         inverse: tensor of shape `(2,)`, that of the temperature.
-        top_p: scalar tensor in (0, 1]: only the likeliest tokens that together reach it.
-        top_k: number of the likeliest tokens to draw from; 1 is greedy, `None` is all, in the
+        top_p: scalar tensor in (0, 1]: only the most likely tokens that together reach it.
+        top_k: number of the most likely tokens to draw from; 1 is greedy, `None` is all, in the
             order of the vocabulary, where `top_p` is not looked at.
 
     Returns:
@@ -43,7 +43,7 @@ def sample(logits, uniform, inverse, top_p, top_k):
         token = _draw(_weights(logits, largest, inverse), uniform)
     else:
         logits, tokens = ops.top_k(logits, top_k)
-        weights = _likeliest(_weights(logits, largest, inverse), top_p)
+        weights = _most_likely(_weights(logits, largest, inverse), top_p)
         place = _draw(weights, uniform)[:, None]
         token = ops.take_along_axis(tokens, place, axis=-1)[:, 0]
     return ops.where(none, -1, ops.cast(token, "int32"))
@@ -56,7 +56,7 @@ def _weights(logits, largest, inverse):
     return ops.exp(difference * second)
 
 
-def _likeliest(weights, top_p):
+def _most_likely(weights, top_p):
     """The weights, in falling order, but 0 for those not needed to reach the share `top_p`."""
     sums = ops.cumsum(weights, axis=-1)
     before = ops.pad(sums[:, :-1], ((0, 0), (1, 0)))
