@@ -21,6 +21,12 @@ WRONG = {
     "keras_hla.operators.get(2)": 'incompatible type "int"; expected "str | Operator"',
     "keras_hla.kernels.choose().why": '"Choice" has no attribute "why"',
     "keras_hla.generate(None, [1], 5, top_k=0.5)": 'incompatible type "float"; expected "int',
+    'keras_hla.streaming_model(None).initial_state("2")': 'incompatible type "str"; expected "int"',
+    "keras_hla.export_saved_model(None, 2)": 'incompatible type "int"; expected "str | PathLike',
+    "keras_hla.distribution.split_sequence(None)": '"context_parallel" in call to "split_sequence"',
+    'keras_hla.hub.HLABackbone(256, 2, 4, "64")': 'incompatible type "str"; expected "int"',
+    "keras_hla.torch_module.TorchModule()": 'Missing positional argument "layer"',
+    "keras_hla.distribution.HLA": "does not explicitly export attribute",  # it is public elsewhere
 }
 
 
@@ -37,7 +43,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:  # apart from the source of the package
         status, messages = mypy(PROGRAM.read_text(encoding="utf-8"), folder)
         assert status == 0, messages
-        lines = ["import keras_hla", *WRONG]
+        lines = ["import keras_hla, keras_hla.hub, keras_hla.torch_module", *WRONG]
         status, messages = mypy("\n".join(lines), folder)
     assert status == 1, messages
     for number, message in enumerate(WRONG.values(), 2):

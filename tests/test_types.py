@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 import re
 
+import keras
 import pytest
 
 import keras_hla
@@ -15,7 +16,8 @@ PUBLIC = re.findall(r"^- `(\w+)`:", keras_hla.__doc__, re.MULTILINE)
 
 
 def public_callables():
-    for module in sorted({*PUBLIC} - {"torch_module", "types"}):  # one needs torch
+    of_torch = set() if keras.backend.backend() == "torch" else {"torch_module"}
+    for module in sorted({*PUBLIC} - of_torch):
         members = importlib.import_module(f"keras_hla.{module}")
         for name in members.__all__:
             member = getattr(members, name)
@@ -27,7 +29,8 @@ def public_callables():
 
 def methods(path, cls):
     for name, member in vars(cls).items():
-        function = getattr(member, "fget", member)  # of a property
+        function = getattr(member, "__func__", member)  # of a static or class method
+        function = getattr(function, "fget", function)  # of a property
         own = inspect.isfunction(function) and function.__module__.startswith("keras_hla")
         if own and (name == "__init__" or not name.startswith("_")):
             yield f"{path}.{name}", function

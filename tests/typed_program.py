@@ -55,6 +55,7 @@ def make_model() -> keras.Model:
 def main() -> None:
     operators.register("cascade", Cascade())
     model = make_model()
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     text = keras.random.randint((8, 101), 0, 256)
     model.fit(text[:, :-1], text[:, 1:])
 
