@@ -1,6 +1,7 @@
 """How many bytes each device receives in the collectives of a step."""
 
 import contextlib
+import math
 import re
 
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -15,17 +16,10 @@ def of_program(text):
     total = 0
     for shapes, kind in re.findall(rf"= (\S.*?) ((?:{_KINDS})(?:-start)?)\(", text):
         sizes = [
-            _BYTES[dtype] * _product(dims)
+            _BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
             for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
         ]
         total += sum(sizes[len(sizes) // 2 :] if kind in _WITH_OPERANDS else sizes)
-    return total
-
-
-def _product(dims):
-    total = 1
-    for n in dims.split(","):
-        total *= int(n) if n else 1
     return total
 
 

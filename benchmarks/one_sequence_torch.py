@@ -1,31 +1,20 @@
 """Context parallelism under PyTorch: see `one_sequence.py`."""
 
-from pathlib import Path
-import tempfile
-
 import numpy as np
 import torch
 from torch import distributed
 
-from benchmarks import collectives
+from benchmarks import collectives, processes
 from benchmarks.one_sequence import attend, median_time, relative
 
 
 def run(arguments):
     """Yields the rows of `one_sequence.report`."""
     for count in arguments.devices:
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(_process, (count, folder, arguments), count)
-            yield torch.load(Path(folder) / "row")
+        yield processes.spawn(_measure, count, max(arguments.devices), count, arguments)
 
 
-def _process(rank, count, folder, arguments):
-    on_gpus = torch.cuda.device_count() >= max(arguments.devices)
-    device = torch.device("cuda", rank) if on_gpus else torch.device("cpu")
-    if on_gpus:
-        torch.cuda.set_device(device)
-    engine = "nccl" if on_gpus else "gloo"
-    distributed.init_process_group(engine, f"file://{folder}/all", rank=rank, world_size=count)
+def _measure(rank, device, count, arguments):
     tensors = [x.to(device) for x in draw(arguments)]
     whole = [] if rank else [x.float() for x in step(arguments, tensors, None)]
     tensors = [x.chunk(count, dim=1)[rank].clone() for x in tensors]
@@ -37,26 +26,16 @@ def _process(rank, count, folder, arguments):
         if rank == 0:
             differences.append(relative(torch.cat(parts, dim=1).float(), whole[i]))
     whole.clear()
-
-    def wait():
-        distributed.barrier()
-        if on_gpus:
-            torch.cuda.synchronize()
-
-    memory = None
+    memory, on_gpus = None, device.type == "cuda"
     if on_gpus:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     with collectives.counted() as exchanged:
         step(arguments, tensors, group)
-    seconds = median_time(lambda: step(arguments, tensors, group), wait)
+    seconds = median_time(lambda: step(arguments, tensors, group), lambda: processes.wait(device))
     if on_gpus:
         memory = torch.cuda.max_memory_allocated() - before
-    if rank == 0:
-        name = torch.cuda.get_device_name() if on_gpus else "cpu"
-        row = count, name, seconds, memory, differences, exchanged.total
-        torch.save(row, Path(folder) / "row")
-    distributed.destroy_process_group()
+    return count, processes.name_of(device), seconds, memory, differences, exchanged.total
 
 
 def draw(arguments):

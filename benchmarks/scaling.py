@@ -85,11 +85,17 @@ def make_model(arguments):
 
 def draw(arguments, rows, shards):
     """Tokens of all devices, and the tokens after them."""
-    import numpy as np
+    from benchmarks.language_model import text  # once the backend is chosen
 
-    shape = rows * arguments.rows, shards * arguments.length + 1
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, shape).astype("int32")
-    return tokens[:, :-1], tokens[:, 1:]
+    batch, length = rows * arguments.rows, shards * arguments.length
+    return text(argparse.Namespace(batch=batch, length=length, vocabulary=VOCABULARY))
+
+
+def mean_loss(arguments, batch, loss_alone):
+    """The mean of `loss_alone` over the rows, as many at a time as a device has in the mesh."""
+    few = max(1, arguments.rows * arguments.length // batch[0].shape[1])
+    starts = range(0, len(batch[0]), few)
+    return sum(float(loss_alone(*(x[i : i + few] for x in batch))) for i in starts) / len(starts)
 
 
 def run_sequence(arguments, count):

@@ -7,7 +7,7 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from benchmarks import collectives
-from benchmarks.scaling import RATE, STEPS, draw, make_model
+from benchmarks.scaling import RATE, STEPS, draw, make_model, mean_loss
 from keras_hla.distribution import split_sequence
 
 
@@ -19,7 +19,8 @@ def train(arguments, rows, shards):
     mesh = Mesh(np.array(devices[: rows * shards]).reshape(rows, shards), ("rows", "shards"))
     model, loss_of = make_model(arguments)
     weights, batch = [w.value for w in model.trainable_variables], draw(arguments, rows, shards)
-    expected = _loss_on_one_device(arguments, model, loss_of, batch)
+    loss_alone = jax.jit(lambda x, y: loss_of(y, model.stateless_call(weights, [], x)[0]))
+    expected = mean_loss(arguments, batch, loss_alone)
     split_sequence(model, "shards" if shards > 1 else None)
     place, same = jax.P("rows", "shards"), jax.P()
     logits = jax.shard_map(
@@ -51,16 +52,3 @@ def train(arguments, rows, shards):
     difference = abs(float(first) - expected) / expected
     exchanged = collectives.of_program(program.as_text())
     return devices[0].device_kind, seconds, held, exchanged, difference
-
-
-def _loss_on_one_device(arguments, model, loss_of, batch):
-    """The mean over the rows, as many at a time as one device has in the mesh."""
-    split_sequence(model, None)
-    forward = jax.jit(
-        lambda x, y: loss_of(
-            y, model.stateless_call([w.value for w in model.trainable_variables], [], x)[0]
-        )
-    )
-    few = max(1, arguments.rows * arguments.length // batch[0].shape[1])
-    parts = [forward(*(x[i : i + few] for x in batch)) for i in range(0, len(batch[0]), few)]
-    return float(np.mean([float(x) for x in parts]))

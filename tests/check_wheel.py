@@ -1,4 +1,4 @@
-"""Installs the built wheel into an environment of its own, and trains and exports a model with it.
+"""Installs the built wheel into a fresh environment, and trains, saves and loads a model with it.
 
 python tests/check_wheel.py dist
 """

@@ -40,7 +40,7 @@ _DOCTEST = re.compile(r"(?:^>>> .*\n(?:.+(?:\n|\Z))*)+", re.MULTILINE)
 
 def public_names(module):
     """The objects that a module exports, by name: functions, classes and constants."""
-    for name in module.exports or [name for name, x in module.members.items() if _is_own(x)]:
+    for name in module.exports:
         found = _resolve(module, str(name))
         if not found.is_module and name != "__version__":
             yield str(name), found
@@ -58,10 +58,6 @@ def _resolve(module, name):
         return module[name]
     parent, _, name = path.rpartition(".")
     return _resolve(module.modules_collection[parent], name)
-
-
-def _is_own(member):
-    return not member.is_alias and not member.is_module and not member.name.startswith("_")
 
 
 def shortest_names(modules):

@@ -186,10 +186,9 @@ class HLAWeights(CompositeLayer):
             sizes.append((2,))
         return sizes
 
-    def denses(
-        self,
-    ) -> Any:  # no property, as which Keras would save them in the place of the attributes
+    def denses(self) -> list[Any]:
         """Returns the list of all projections."""
+        # No property: Keras would save its list instead of the attributes.
         denses = [self.query_dense, self.key_dense, self.value_dense, self.output_dense]
         if self.output_gate is not None:
             denses.append(self.gate_dense)
