@@ -124,9 +124,34 @@ def span_kernel(x):
     return jnp.einsum("bshd,bshe,bhs->bhed", key, value, weights), whole
 
 
+def shard_kernel(x):
+    """Of one span."""
+    decays = jnp.ravel(x.span_decays)[: x.rows if x.DECAYS else 0]
+    return [jnp.concatenate([jnp.ravel(x.span_states), decays])]
+
+
+def between_kernel(x):
+    size, rows = x.rows * x.SIZE, x.rows
+    state = jnp.ravel(x.entering) if x.ENTERING else jnp.zeros(size)
+    before, shards = [None] * len(x.shards), list(enumerate(x.shards))
+    for m, shard in shards[::-1] if x.REVERSE else shards:
+        before[m] = jnp.pad(state, (0, x.stride - size))
+        decay = shard[size:, None] if x.DECAYS else 1.0
+        state = jnp.ravel(state.reshape(rows, -1) * decay) + shard[:size]
+    return jnp.stack(before), state
+
+
 KERNELS = {
     x.__name__: x
-    for x in (forward_kernel, backward_kernel, decay_kernel, decay_gradient_kernel, span_kernel)
+    for x in (
+        forward_kernel,
+        backward_kernel,
+        decay_kernel,
+        decay_gradient_kernel,
+        span_kernel,
+        shard_kernel,
+        between_kernel,
+    )
 }
 
 stand_in = ModuleType("jax_triton")  # of which a type checker knows no attribute

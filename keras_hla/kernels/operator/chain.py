@@ -9,7 +9,6 @@ from keras_hla.backend.devices import restored
 from keras_hla.kernels.launching import KernelFunction
 from keras_hla.kernels.operator import launches
 from keras_hla.kernels.operator.plan import Plan, plan_of
-from keras_hla.kernels.operator.shards import states_between
 from keras_hla.kernels.passes import Pass
 
 
@@ -150,9 +149,12 @@ def _around(run, plan, pass_, tensors, state, devices, reverse):
     spans = run(launches.span_states(plan, pass_, reverse, not alone), tensors)
     if alone:
         return state, None, spans
-    own, decays = spans
-    state, last = states_between(devices, own, decays, state, reverse)
-    return state, last, spans if plan.spans > 1 else (None, None)
+    (own,) = run(launches.shard(plan, pass_, reverse), spans)
+    shards = devices.gather(own, axis=0)  # the only collective of a pass
+    launch = launches.between(plan, pass_, len(shards), reverse, state is not None)
+    before, last = run(launch, (shards, state))
+    state = devices.own(before, axis=0)[: plan.rows * last.shape[-2] * last.shape[-1]]
+    return ops.reshape(state, last.shape), last, spans if plan.spans > 1 else (None, None)
 
 
 def _add(x, y):

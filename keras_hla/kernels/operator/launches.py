@@ -12,7 +12,10 @@ from keras_hla.kernels.launching import Launch
 from keras_hla.kernels.operator.backward import backward_kernel
 from keras_hla.kernels.operator.decays import decay_gradient_kernel, decay_kernel
 from keras_hla.kernels.operator.forward import forward_kernel
+from keras_hla.kernels.operator.shards import between_kernel, shard_kernel
 from keras_hla.kernels.operator.spans import span_kernel
+
+_STATE_BLOCK = 1024  # elements of a state in a program that only sums states
 
 _cached = functools.lru_cache(maxsize=4096)
 
@@ -70,6 +73,24 @@ def span_states(plan, pass_, reverse, of_all):
 
 
 @_cached
+def shard(plan, pass_, reverse):
+    """Gives the states of the own shard and the decays over it, in one array."""
+    size = plan.rows * (_size_of_state(plan, pass_) + plan.decays)
+    outputs = (((size,), "float32"),)
+    return _of_states(shard_kernel, plan, pass_, (plan.spans,), outputs, reverse)
+
+
+@_cached
+def between(plan, pass_, count, reverse, entering):
+    """Gives the states before each of `count` shards, `(count, ...)`, and those after all."""
+    size = plan.rows * _size_of_state(plan, pass_)
+    stride = -(-size // 4) * 4  # so that the states of each are at an aligned address
+    outputs = ((count, stride), "float32"), plan.state(pass_, 1)
+    numbers = (count, stride)
+    return _of_states(between_kernel, plan, pass_, numbers, outputs, reverse, ENTERING=entering)
+
+
+@_cached
 def decays(plan, shape):
     """Gives the decays of `shape` as the kernels read them: see `decay_kernel`."""
     batch, length, heads = shape
@@ -95,6 +116,19 @@ def _of_pass(kernel, plan, pass_, outputs, **constants):
     numbers = (plan.length, plan.heads, plan.spans, plan.span_chunks)
     options = plan.options(pass_, backward=kernel is backward_kernel)
     return Launch(kernel, grid, numbers, tuple(outputs), constants, options)
+
+
+def _of_states(kernel, plan, pass_, numbers, outputs, reverse, **constants):
+    """A program for each block of the states of each row."""
+    size = _size_of_state(plan, pass_)
+    constants |= {"SIZE": size, "BLOCK": _STATE_BLOCK, "REVERSE": reverse, "DECAYS": plan.decays}
+    grid = (plan.rows * -(-size // _STATE_BLOCK),)
+    return Launch(kernel, grid, (plan.rows, *numbers), outputs, constants)
+
+
+def _size_of_state(plan, pass_):
+    *_, value_dim, dim = plan.state(pass_, 1)[0]
+    return value_dim * dim
 
 
 def _of_chunks(kernel, plan, numbers, output, **constants):

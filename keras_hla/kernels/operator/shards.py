@@ -1,49 +1,86 @@
-"""The states between the shards of a sequence, from the states of their spans."""
+"""The states that shards leave from zero, and the states between shards, in Triton.
 
-from keras import ops
+A shard is what a device holds of a sequence in context parallelism: `H_{m+1} = a_m^p H_m + sum_m`
+over the shards `m`, as over the spans of each. `sum_m` of all rows and then `a_m^p` of all rows
+are one array, which is all that devices gather. A program computes a block of features of a row.
+"""
+
+import triton
+import triton.language as tl
+
+NUMBERS = ("rows", "spans", "count", "stride")  # whose values change no instruction
 
 
-def states_between(devices, span_states, span_decays, state, reverse):
-    """The state before the shard of this device, and the state after all shards.
+@triton.jit(do_not_specialize=NUMBERS)
+def shard_kernel(
+    span_states,
+    span_decays,
+    rows,
+    spans,
+    shard,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DECAYS: tl.constexpr,
+):
+    """The state that all spans leave from zero, and `a^p` over them, in one array.
 
-    All devices gather the state that each shard leaves from zero, and `a^p` over the shard: the
-    only collective of a pass. `H_{m+1} = a_m^p H_m + sum_m` over the shards `m`.
-
-    Args:
-        devices: as `keras_hla.backend.devices.devices_of` returns them.
-        span_states: as `span_kernel` stores them for all spans, `(batch, heads, spans, ...)`.
-        span_decays: the same, `(batch * heads, spans)`, or `None` without decays.
-        state: state before all shards, `(batch, heads, 1, ...)`, or `None`, which is zero.
-        reverse: whether spans and shards are in reverse order, as for gradients; "before" then
-            means "after".
-
-    Returns:
-        Two states of the shape of `state`.
+    If `REVERSE`, spans are in reverse order, as for gradients.
     """
-    batch, heads, spans, *shape = span_states.shape
-    own = ops.reshape(span_states, (batch, heads, spans, -1))
-    if span_decays is None:
-        shards = devices.gather(ops.sum(own, axis=2), axis=0)
-        decays = [1.0] * len(shards)
-    else:
-        later, whole = _decays_after(ops.reshape(span_decays, (batch, heads, spans)), reverse)
-        own = ops.sum(own * later[..., None], axis=2)
-        both = devices.gather(ops.concatenate([own, whole], axis=-1), axis=0)
-        shards, decays = both[..., :-1], both[..., -1:]
-    order = range(len(shards))
-    state = ops.zeros_like(shards[0]) if state is None else ops.reshape(state, shards[0].shape)
-    before = [state] * len(shards)
-    for i in reversed(order) if reverse else order:
-        before[i] = state
-        state = decays[i] * state + shards[i]
-    own = devices.own(ops.stack(before), axis=0)
-    return tuple(ops.reshape(x, (batch, heads, 1, *shape)) for x in (own, state))
+    row, feature, inside = _locate(SIZE, BLOCK)
+    state, decay = tl.zeros((BLOCK,), tl.float32), 1.0
+    for i in range(spans):
+        place = row * spans + (spans - 1 - i if REVERSE else i)
+        if DECAYS:
+            a = tl.load(span_decays + place)
+            state *= a
+            decay *= a
+        state += tl.load(span_states + place * SIZE + feature, mask=inside, other=0.0)
+    tl.store(shard + row * SIZE + feature, state, mask=inside)
+    if DECAYS:  # by all programs of the row, as it is the same
+        tl.store(shard + rows.to(tl.int64) * SIZE + row, decay)
 
 
-def _decays_after(decays, reverse):
-    """The decay over the spans after each span, and over all spans, `(..., 1)`; may be zero."""
-    logs = ops.log(decays)
-    logs = logs if reverse else ops.flip(logs, axis=-1)
-    sums = ops.cumsum(ops.concatenate([ops.zeros_like(logs[..., :1]), logs], axis=-1), axis=-1)
-    later, whole = ops.exp(sums[..., :-1]), ops.exp(sums[..., -1:])
-    return later if reverse else ops.flip(later, axis=-1), whole
+@triton.jit(do_not_specialize=NUMBERS)
+def between_kernel(
+    shards,
+    entering,
+    rows,
+    count,
+    stride,
+    before,
+    last,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DECAYS: tl.constexpr,
+    ENTERING: tl.constexpr,
+):
+    """The states before each of `count` shards, at a `stride`, and the state after all.
+
+    If `REVERSE`, shards are in reverse order; "before" then means "after".
+    """
+    row, feature, inside = _locate(SIZE, BLOCK)
+    size = rows.to(tl.int64) * SIZE  # of the states of a shard
+    place = row * SIZE + feature
+    state = tl.zeros((BLOCK,), tl.float32)
+    if ENTERING:
+        state = tl.load(entering + place, mask=inside, other=0.0)
+    for i in range(count):
+        m = count - 1 - i if REVERSE else i
+        tl.store(before + m * stride + place, state, mask=inside)
+        shard = shards + m * size
+        if DECAYS:
+            shard += m * rows
+            state *= tl.load(shard + size + row)
+        state += tl.load(shard + place, mask=inside, other=0.0)
+    tl.store(last + place, state, mask=inside)
+
+
+@triton.jit
+def _locate(SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The row of batch and head of a program, its features, and which of them there are."""
+    blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    feature = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    return (program // blocks).to(tl.int64), feature, feature < SIZE
