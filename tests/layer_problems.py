@@ -131,6 +131,26 @@ if BACKEND == "torch":
     again = {"remat_length": 10, "conv_kernel_size": 4, "decay": "input"}
     LAYERS["uneven"] = LayerCase("HLA", again, split="uneven", mask=True)
     LAYERS["uneven, packed"] = LayerCase("HLA", again, split="uneven", segments="anywhere")
+    # By kernels and without states, the stages are one function.
+    fused = {"implementation": "triton", "conv_kernel_size": 4, "qk_norm": True}
+    options = {"state": False, "dtype": "float32"}
+    LAYERS["one function"] = LayerCase(
+        "HLA", {**fused, "use_bias": True, "remat_length": 10}, split="uneven", **options
+    )
+    LAYERS["one function, packed"] = LayerCase(
+        "HLA", {**fused, "decay": "input"}, segments="anywhere", length=8, **options
+    )
+    LAYERS["one function, one token each"] = LayerCase(
+        "HLA", {**fused, "qk_norm": False, "operator": "ahla"}, length=4, **options
+    )
+    LAYERS["a block as one function"] = LayerCase(
+        "HLADecoderBlock",
+        {**fused, "num_heads": 3, "key_dim": 4, "decay": "input", "remat_length": 10},
+        split="uneven",
+        segments="anywhere",
+        definition=stage_definitions.decoder_block,
+        **options,
+    )
 LAYER_SIZES = {
     f"of {n}": LayerCase("HLA", {"conv_kernel_size": 3}, mask=True, segments="anywhere", length=n)
     for n in (64, 512)
@@ -204,7 +224,7 @@ class LayerProblem:
     def reference(self):
         """Outputs, zero at masked tokens, and gradients, each segment by itself."""
         x, *weights = leaves = [
-            torch.tensor(x, requires_grad=True)
+            torch.tensor(x, dtype=torch.float64, requires_grad=True)
             for x in (self.inputs["sequences"], *self.weights.values())
         ]
         weights = dict(zip(self.weights, weights, strict=True))

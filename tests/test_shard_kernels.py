@@ -33,7 +33,9 @@ def test_states_between_shards(rng, decays, reverse):
         return torch.tensor(np.ascontiguousarray(x), dtype=torch.float32)
 
     launch = launches.shard(plan, pass_, reverse)
-    given = [(tensor(x), tensor(a) if decays else None) for x, a in zip(states, factors)]
+    given = [
+        (tensor(x), tensor(a) if decays else None) for x, a in zip(states, factors, strict=True)
+    ]
     shards = torch.stack([run(launch, spans)[0] for spans in given])
     launch = launches.between(plan, pass_, 3, reverse, entering=True)
     before, last = run(launch, (shards, tensor(entering)))

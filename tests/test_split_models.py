@@ -134,12 +134,17 @@ def test_a_split_model_neither_streams_nor_generates(axis):
         keras_hla.generate(model, [1, 2, 3], 4)
 
 
-@needs_engine
-def test_a_split_layer_is_not_one_function(axis, monkeypatch):
+@pytest.mark.skipif(BACKEND != "torch", reason="JAX compiles whole layers anyway.")
+def test_a_split_layer_is_one_function(axis, monkeypatch):
     monkeypatch.setattr(kernels, "choose", lambda *_, **__: kernels.Choice("triton", "asked for"))
-    layer = layers.HLA(2, 64)
-    distribution.split_sequence(layer, axis)
-    assert layer.why_not_fused() == "several devices hold the sequence"
+    block = layers.HLADecoderBlock(2, 8, remat_length=4)
+    block.build((None, None, 16))
+    distribution.split_sequence(block, axis)
+    for length, reason in ((4, None), (0, "no tokens"), (5, "longer than `remat_length`")):
+        shard = keras.ops.ones((1, length, 16))
+        assert block.mixer.why_not_fused(shard) is None
+        found = block.mixer.why_block_not_fused(shard)
+        assert reason in found if reason else found is None
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="Others know at once whether there are devices.")

@@ -91,7 +91,7 @@ def of_stages(dims):
         if by_kernels:
             from keras_hla.kernels.stages.operands import OPERANDS
 
-            options = True, 0.5, _HEADS, _HEADS, dim, value_dim
+            options = True, 0.5, _HEADS, _HEADS, dim, value_dim, 0
             segments = ops.cumsum(ops.cast(starts(), "int32"), axis=1)
             cos, sin = cos_and_sin(x)
             return [*OPERANDS(options, x=x, kernel=taps, segments=segments, cos=cos, sin=sin)]

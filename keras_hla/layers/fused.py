@@ -7,15 +7,16 @@ above their time on a GPU. This file repeats what `HLACell` computes.
 import weakref
 
 import keras
+from keras import ops
 from keras.src.backend import AutocastScope  # which has no public name
 
 from keras_hla.backend.compiling import is_torch_compiling
 from keras_hla.inputs import arrange_log_decay
 from keras_hla.scan import least_log_decay
-from keras_hla.stages import norm
+from keras_hla.stages import last_window, norm
 from keras_hla.stages.rotary import rotation_from_start
 
-# Of layers: those of what is recorded, with segments or without.
+# Of layers: by what is recorded, and the names of its inputs.
 _programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -53,56 +54,67 @@ def _is_plain(dense, cell):
     return type(dense) is keras.layers.Dense and not more
 
 
-def mix(layer, sequences, starts):
+def mix(layer, sequences, starts, shard=None):
     """The outputs of an `HLA` layer, before dropout, from its start.
 
     Args:
         layer: the layer.
         sequences: tensor of shape `(batch, length, features)`, in the compute dtype.
         starts: boolean tensor `(batch, length)`, true where a segment starts, or `None`.
+        shard: the `SequenceShard` that `sequences` is, or `None` where it is the whole.
     """
-    return _run(layer, _record_mixer_alone, _inputs(layer.cell, sequences, starts))
+    inputs = _inputs(layer.cell, sequences, starts, shard)
+    return _run(layer, _record_mixer_alone, inputs, shard)
 
 
-def transform(block, sequences, starts, drop=None):
+def transform(block, sequences, starts, shard=None, drop=None):
     """As `mix`, the outputs of an `HLADecoderBlock`.
 
     Between what `drop` acts on, as it draws random numbers, the block is two functions.
     """
-    inputs = _inputs(block.cell, sequences, starts)
+    inputs = _inputs(block.cell, sequences, starts, shard, block.mixer_norm)
     if drop is None:
-        return _run(block, _record_block, inputs)
-    x = sequences + drop(_run(block, _record_mixer_branch, inputs))
+        return _run(block, _record_block, inputs, shard)
+    x = sequences + drop(_run(block, _record_mixer_branch, inputs, shard))
     return x + drop(_run(block, _record_mlp_branch, {"sequences": x}))
 
 
-def _run(layer, record, inputs):
+def _run(layer, record, inputs, shard=None):
     programs = _programs.setdefault(layer, {})
-    key = record, "starts" in inputs
+    key = record, tuple(inputs)
     if key not in programs:
         programs[key] = _program(layer, *key)
+    devices = None if shard is None else shard.devices.kept
     with AutocastScope(None):  # as each stage casts, or does not
-        return programs[key](**inputs)
+        return programs[key](devices, **inputs)
 
 
-def _program(layer, record, segmented):
+def _program(layer, record, names):
     from keras_hla.kernels.fusion import Recorder
 
     recorder = Recorder()
-    sequences = recorder.input("sequences")
-    starts = recorder.input("starts") if segmented else None
-    record(recorder, layer, sequences, starts)
+    record(recorder, layer, {x: recorder.input(x, constant=x in ("cos", "sin")) for x in names})
     return recorder.program()
 
 
-def _inputs(cell, sequences, starts):
-    """The inputs of a program by name."""
+def _inputs(cell, sequences, starts, shard, norm=None):
+    """The inputs of a program by name, the sequences first.
+
+    Args:
+        norm: what a block applies to the sequences before the projections, or `None`.
+    """
     inputs, length = {"sequences": sequences}, sequences.shape[1]
-    if starts is not None:
-        inputs |= {"starts": starts, "segments": starts.cumsum(1).int()}
+    if cell.conv_kernel_size is not None:
+        inputs |= window_and_segments(cell, sequences, starts, shard, norm)
     if cell.rope_max_wavelength is not None:
-        inputs["cos"], inputs["sin"] = rotation_from_start(length, cell.turns, cell.state_dtype)
-    if cell.decay != "input":
+        if shard is None:
+            angles = rotation_from_start(length, cell.turns, cell.state_dtype)
+        else:
+            angles, _ = cell.angles(sequences, None, None, False, shard)
+        inputs["cos"], inputs["sin"] = angles
+    if cell.decay == "input":
+        inputs |= {} if starts is None else {"starts": starts}
+    else:
         with AutocastScope(None):  # as the decay is in the dtype of states
             log_decay = None if cell.decay is None else cell.log_decay(sequences)
         log_decay = arrange_log_decay(log_decay, length, cell.state_dtype, None, starts)
@@ -110,42 +122,67 @@ def _inputs(cell, sequences, starts):
     return inputs
 
 
-def _record_mixer_alone(recorder, layer, x, starts):
-    _record_mixer(recorder, layer.cell, x, starts)
+def window_and_segments(cell, sequences, starts, shard, norm=None):
+    """What the convolution reads besides the sequences, by name.
+
+    Of a shard these are the last tokens before it, and the segments of these and its own. A token
+    of another segment than that which goes on, or before all, is in none.
+    """
+    segments = None if starts is None else starts.cumsum(1).int()
+    if shard is None:
+        return {} if segments is None else {"segments": segments}
+    size = cell.conv_kernel_size
+    tokens = last_window(sequences, size, starts=starts)
+    tokens = tokens if norm is None else norm.normalize(tokens)
+    are_read = last_window(ops.ones_like(sequences[..., :1]), size, starts=starts)
+    both = ops.concatenate([ops.cast(tokens, sequences.dtype), are_read], axis=-1)
+    both, _ = shard.last_tokens(both, segmented=starts is not None, return_end=False)
+    window, are_read = both[..., :-1], both[..., -1] > 0
+    if segments is None:
+        if not cell.use_bias:  # and zeros are projected to zeros
+            return {"window": window}
+        segments = ops.zeros(sequences.shape[:2], "int32")
+    before = ops.where(are_read, 0, -1)
+    return {"window": window, "segments": ops.concatenate([before, segments], axis=1)}
 
 
-def _record_block(recorder, block, x, starts):
+def _record_mixer_alone(recorder, layer, inputs):
+    _record_mixer(recorder, layer.cell, inputs["sequences"], inputs)
+
+
+def _record_block(recorder, block, inputs):
     """Notes the stages of a block."""
-    x = recorder.add(x, _record_mixer_branch(recorder, block, x, starts))
-    recorder.add(x, _record_mlp_branch(recorder, block, x))
+    x = recorder.add(inputs["sequences"], _record_mixer_branch(recorder, block, inputs))
+    recorder.add(x, _record_mlp_branch(recorder, block, {"sequences": x}))
 
 
-def _record_mixer_branch(recorder, block, x, starts):
-    return _record_mixer(recorder, block.cell, recorder.rms_norm(x, block.mixer_norm), starts)
+def _record_mixer_branch(recorder, block, inputs):
+    x = recorder.rms_norm(inputs["sequences"], block.mixer_norm)
+    return _record_mixer(recorder, block.cell, x, inputs)
 
 
-def _record_mlp_branch(recorder, block, x, starts=None):
-    x, size = recorder.rms_norm(x, block.mlp_norm), (block.gate_dense.units,)
+def _record_mlp_branch(recorder, block, inputs):
+    x, size = recorder.rms_norm(inputs["sequences"], block.mlp_norm), (block.gate_dense.units,)
     gates, hidden = recorder.project(x, (block.gate_dense, size), (block.up_dense, size))
     hidden = recorder.gate(hidden, gates)
     (output,) = recorder.project(hidden, (block.down_dense, (block.down_dense.units,)))
     return output
 
 
-def _record_mixer(recorder, cell, x, starts):
+def _record_mixer(recorder, cell, x, inputs):
     """Notes what an `HLA` layer makes of `x`, and returns what stands for the result."""
-    joint = recorder.project_together(x, cell.query_dense, cell.key_dense, cell.value_dense)
-    angles = segments = None
-    if cell.rope_max_wavelength is not None:
-        angles = tuple(recorder.input(name, constant=True) for name in ("cos", "sin"))
-    if cell.conv_kernel_size is not None and starts is not None:
-        segments = recorder.input("segments")
+    read, past = x, 0
+    if "window" in inputs:
+        read, past = recorder.concatenate(inputs["window"], x), cell.conv_kernel_size - 1
+    joint = recorder.project_together(read, cell.query_dense, cell.key_dense, cell.value_dense)
+    angles = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
     query, key, value = recorder.operands(
         joint,
         (cell.num_heads, cell.num_key_value_heads),
         (cell.key_dim, cell.value_dim),
         convolution=None if cell.conv_kernel_size is None else cell.conv,
-        segments=segments,
+        segments=inputs.get("segments"),
+        past=past,
         scale=1.0 if cell.qk_norm else cell.scale,
         angles=None if cell.qk_norm else angles,
     )
@@ -156,10 +193,9 @@ def _record_mixer(recorder, cell, x, starts):
         key = recorder.rotate(key, angles)
     if cell.decay == "input":
         least = least_log_decay(cell.state_dtype)
-        log_decay = recorder.log_decay(x, cell.log_decay.logit_dense, least, starts)
+        log_decay = recorder.log_decay(x, cell.log_decay.logit_dense, least, inputs.get("starts"))
     else:
-        given = cell.decay is not None or starts is not None
-        log_decay = recorder.input("log_decay") if given else None
+        log_decay = inputs.get("log_decay")
     output = recorder.attend(cell.operator, query, key, value, log_decay)
     if cell.output_norm:
         output = recorder.rms_norm(output, cell.norm, recompute=True)

@@ -256,16 +256,13 @@ class HLA(CompositeLayer):
             )
         mask, segment_ids = check_call(self, sequences, initial_state, mask, segment_ids)
         mask = None if mask is None else ops.cast(mask, "bool")
-        devices = devices_of(self.context_parallel)
         if self.go_backwards:
             sequences, mask, segment_ids = (
                 x if x is None else ops.flip(x, axis=1) for x in (sequences, mask, segment_ids)
             )
         if mask is not None:
             sequences = ops.where(mask[..., None], sequences, 0)
-        starts, shard = _starts(segment_ids, mask, devices), None
-        if devices is not None:
-            shard = SequenceShard(devices, ops.shape(sequences)[1], mask, starts)
+        starts, shard = self._starts_and_shard(sequences, mask, segment_ids)
         states = self._starting_states(initial_state)
         kept = self.return_state or self.stateful or scope is not None
         output, states = self._in_parts(
@@ -306,9 +303,16 @@ class HLA(CompositeLayer):
         cell, segmented = self.cell, starts is not None
         implementation, _ = self.implementation_for(sequences, segmented)
         fused = stages.are_fused(implementation)
+        devices, window = None if shard is None else shard.devices, {}
         alone = fused and not return_state
         if alone and self.why_not_fused(sequences, states, mask, segmented) is None:
-            return fused_layers.mix(self, ops.cast(sequences, self.compute_dtype), starts), ()
+            sequences = ops.cast(sequences, self.compute_dtype)
+            if devices is None or sequences.shape[1] > 0:
+                return fused_layers.mix(self, sequences, starts, shard), ()
+            # A shard without tokens takes part in the collectives of the others.
+            if cell.conv_kernel_size is not None:
+                window = fused_layers.window_and_segments(cell, sequences, starts, shard)
+            shard = None
         memory, context = (None, {}) if states is None else cell.split_states(states)
         (query, key, value, log_decay), context = cell.project(
             sequences, context, mask, starts, return_state, fused, shard
@@ -322,9 +326,11 @@ class HLA(CompositeLayer):
             epsilon=cell.epsilon if cell.normalize else None,
             chunk_size=self.chunk_size,
             implementation=implementation,
-            devices=None if shard is None else shard.devices,
+            devices=devices,
         )
         output = cell.finish(output, sequences, fused)
+        if window:  # in the backward pass, too
+            output = output + 0 * ops.sum(window["window"])
         return output, (*memory, *context.values()) if return_state else ()
 
     def implementation_for(
@@ -378,17 +384,36 @@ class HLA(CompositeLayer):
             return "there are states before or after the sequence"
         if mask is not None:
             return "there is a mask"
-        if self.context_parallel is not None:
-            return "several devices hold the sequence"
-        length = 0 if sequences is None else sequences.shape[1]
-        if self.remat_length is not None and length > self.remat_length:
+        if self.context_parallel is None and self._is_rematerialized(sequences):
             return "the sequence is longer than `remat_length`"
         return fused_layers.why_not_fused(self.cell, [*self.cell.denses(), *others])
 
-    def starts_of(self, sequences: Tensor, segment_ids: Tensor) -> Any:
-        """Where the segments of a call without a mask start, once that is checked, or `None`."""
+    def why_block_not_fused(self, sequences: Tensor) -> str | None:
+        """Why a block evaluates its mixer by itself, where that is one function, or `None`."""
+        if self.context_parallel is None:
+            return None
+        if self._is_rematerialized(sequences):
+            return "the shard is longer than `remat_length`"
+        return None if sequences.shape[1] else "the shard has no tokens"
+
+    def _is_rematerialized(self, sequences):
+        length = 0 if sequences is None else sequences.shape[1]
+        return self.remat_length is not None and length > self.remat_length
+
+    def starts_and_shard(self, sequences: Tensor, segment_ids: Tensor) -> Any:
+        """Where the segments of a call without a mask start, once that is checked, or `None`;
+        and the `SequenceShard` that `sequences` is, or `None`.
+        """
         _, segment_ids = check_call(self, sequences, None, None, segment_ids)
-        return _starts(segment_ids, None)
+        return self._starts_and_shard(sequences, None, segment_ids)
+
+    def _starts_and_shard(self, sequences, mask, segment_ids):
+        devices, starts = devices_of(self.context_parallel), None
+        if segment_ids is not None:
+            starts = segment_starts(ops.convert_to_tensor(segment_ids), mask, devices)
+        if devices is None:
+            return starts, None
+        return starts, SequenceShard(devices, ops.shape(sequences)[1], mask, starts)
 
     def _starting_states(self, initial_state):
         """The given states; else those of a stateful layer; else `None`, which is zeros."""
@@ -447,9 +472,3 @@ class HLA(CompositeLayer):
             "remat_length": self.remat_length,
         }
         return {**super().get_config(), **cell, **plain(config)}
-
-
-def _starts(segment_ids, mask, devices=None):
-    if segment_ids is None:
-        return None
-    return segment_starts(ops.convert_to_tensor(segment_ids), mask, devices)

@@ -208,7 +208,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
         if self.rope_max_wavelength is None:
             query = query * self.scale
         else:
-            (cos, sin), after["position"] = self._angles(
+            (cos, sin), after["position"] = self.angles(
                 sequences, context.get("position"), mask, return_context, shard
             )
             query = stages.rotate(query, cos, sin, self.scale, fused)
@@ -220,7 +220,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
         """The convolution of the projected queries, keys and values, and the window after it."""
         if shard is not None:
             own = self._window_after(projected, (None,) * 3, mask, starts)
-            window, last = shard.last_tokens(own, window, segmented=starts is not None)
+            window, last = shard.last_tokens(own, window, starts is not None, return_window)
         splits = list(itertools.accumulate(self.projected_sizes[:-1]))
         # Together where there is more to each call than to its products.
         joint = mask is not None or is_single_token(projected[0])
@@ -250,11 +250,14 @@ class HLACell(HLAWeights, DropoutRNNCell):
         ]
         return ops.concatenate(after, axis=-1)
 
-    def _angles(self, sequences, position, mask, return_position, shard):
+    def angles(
+        self, sequences: Tensor, position: Any, mask: Any, return_position: bool, shard: Any
+    ) -> Any:
         """The cosines and sines of the tokens' positions, and the position after them."""
         if shard is not None:
-            if position is None:
-                position = ops.zeros((ops.shape(sequences)[0], 2), self.state_dtype)
+            if position is None:  # the same in all rows, unless there is a mask
+                rows = ops.shape(sequences)[0] if return_position else 1
+                position = ops.zeros((rows, 2), self.state_dtype)
             position, last = shard.positions(position)
         before, total = _count(sequences, mask, self.state_dtype)
         block, rest = (None, 0.0) if position is None else split_position(position)

@@ -187,11 +187,12 @@ class HLADecoderBlock(CompositeLayer):
         segmented = segment_ids is not None
         fused = stages.are_fused(self.mixer.implementation_for(sequences, segmented)[0])
         if fused and not self._why_not_fused(sequences, initial_state, mask, segmented):
-            starts, drop = self.mixer.starts_of(sequences, segment_ids), None
+            starts, shard = self.mixer.starts_and_shard(sequences, segment_ids)
+            drop = None
             if self.cell.dropout and training:
                 warn_of_redrawn_dropout(self, self.cell, training)
                 drop = functools.partial(self.cell.drop, training=training)
-            return fused_layers.transform(self, sequences, starts, drop)
+            return fused_layers.transform(self, sequences, starts, shard, drop)
         mixed = self.mixer(
             self.mixer_norm.normalize(sequences, fused),
             initial_state=initial_state,
@@ -213,7 +214,8 @@ class HLADecoderBlock(CompositeLayer):
         if self.activation is not keras.activations.silu:
             return "`activation` is not 'silu'"
         others = self.gate_dense, self.up_dense, self.down_dense
-        return self.mixer.why_not_fused(sequences, initial_state, mask, segmented, others)
+        reason = self.mixer.why_not_fused(sequences, initial_state, mask, segmented, others)
+        return reason or self.mixer.why_block_not_fused(sequences)
 
     def compute_mask(self, sequences: Tensor, previous_mask: Tensor | None = None) -> Any:
         return self.mixer.compute_mask(sequences, previous_mask)

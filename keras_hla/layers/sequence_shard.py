@@ -36,7 +36,7 @@ class SequenceShard:
         after = self.devices.shared(moved_on(position, total))
         return moved_on(position, before), after
 
-    def last_tokens(self, own, window=None, segmented=False):
+    def last_tokens(self, own, window=None, segmented=False, return_end=True):
         """The last tokens before the own shard, and those at the end of all shards.
 
         Args:
@@ -44,6 +44,7 @@ class SequenceShard:
                 shard, and zeros before them if it has fewer.
             window: tensor of that shape, the tokens before all parts. `None` is zeros.
             segmented: whether those of other segments than the last are zero, as in `own`.
+            return_end: whether those at the end of all shards are wanted; else they are `None`.
 
         Returns:
             Two tensors of the shape and dtype of `own`.
@@ -63,7 +64,8 @@ class SequenceShard:
             mask = of_row((slot >= first) & are_read)
             return last_window(row, slots + 1, window, mask, starts)
 
-        return last(self._is_earlier[:, None]), self.devices.shared(last(True))
+        end = self.devices.shared(last(True)) if return_end else None
+        return last(self._is_earlier[:, None]), end
 
 
 def _count(mask):

@@ -97,6 +97,21 @@ def _add_gradients(run, options, tensors, saved, results, wanted):
 ADD = TensorFunction(_add, _add_gradients, reads=())
 
 
+def _concatenate(run, options, tensors, save):
+    return (torch.cat([tensors["before"], tensors["x"]], dim=1),), ()
+
+
+def _concatenate_gradients(run, options, tensors, saved, results, wanted):
+    (gradient,) = results
+    count = tensors["before"].shape[1]
+    before, x = gradient[:, :count], gradient[:, count:]
+    return {"before": before.contiguous(), "x": x.contiguous()}
+
+
+#: `before` and then `x`, along the length.
+CONCATENATE = TensorFunction(_concatenate, _concatenate_gradients, reads=("before",))
+
+
 def _scale(run, options, tensors, save):
     return (tensors["x"] * options[0],), ()
 

@@ -9,6 +9,9 @@ from keras_hla.kernels.fusion.recordings import Recordings, Replayed
 from keras_hla.kernels.launching.torch_launcher import as_kernels_take_it, refuse_second_gradients
 from keras_hla.kernels.launching.torch_launcher import run as run_kernel
 
+# Among the options of a stage: the devices of a call that hold shards of the sequence, or `None`.
+DEVICES = "devices"
+
 
 class Stage(NamedTuple):
     """One function of tensors that have numbers.
@@ -50,26 +53,33 @@ class Program:
         self._needed = functools.cache(self._find_needed)
         self._recordings = Recordings()
 
-    def __call__(self, **inputs):
-        """The result for the inputs, which may include inputs that no stage reads."""
+    def __call__(self, devices=None, **inputs):
+        """The result for the inputs.
+
+        Args:
+            devices: the devices that hold shards of the sequence, or `None`.
+            **inputs: tensors by name.
+        """
         tensors = {number: x.value for number, x in self._variables.items()}
         tensors |= {number: inputs[name] for name, number in self._inputs.items()}
         wanted = tuple(number for number, x in tensors.items() if x.requires_grad)
         wanted = wanted if torch.is_grad_enabled() else ()
-        recording = self._recordings.find(self, tensors, wanted)
+        recording = None
+        if devices is None:  # as graphs hold no collectives
+            recording = self._recordings.find(self, tensors, wanted)
         if recording is not None:
             values = tuple(tensors.values())
             return Replayed.apply(recording, *values) if wanted else recording(values)
         if wanted:
-            return _Fused.apply(self, tuple(tensors), *tensors.values())
+            return _Fused.apply(self, devices, tuple(tensors), *tensors.values())
         tensors = {number: as_kernels_take_it(x) for number, x in tensors.items()}
-        return self.evaluate(tensors, False)[0]
+        return self.evaluate(tensors, False, devices)[0]
 
-    def evaluate(self, tensors, save):
+    def evaluate(self, tensors, save, devices=None):
         """The result, and if `save` the values that gradients read and what stages save."""
         values, kept, saved = dict(tensors), {}, []
         for stage, (dropped, is_kept) in zip(self.stages, self._of_stages, strict=True):
-            own = _evaluate(stage, values, save)
+            own = _evaluate(stage, values, save, devices)
             if save:
                 saved.append(own)
                 for number in is_kept:
@@ -78,7 +88,7 @@ class Program:
                 values.pop(number, None)
         return values[self.result], kept, saved
 
-    def gradients(self, values, saved, gradient, wanted):
+    def gradients(self, values, saved, gradient, wanted, devices=None):
         """The gradients of the wanted tensors, by number.
 
         Args:
@@ -86,6 +96,7 @@ class Program:
             saved: as `evaluate` returns it.
             gradient: gradient of the result.
             wanted: tuple of numbers.
+            devices: those of the call.
         """
         found = {self.result: gradient}
         for stage, own, arguments in zip(
@@ -99,9 +110,8 @@ class Program:
             for number in _read(stage):
                 self._recompute(number, values)
             given = {name: values[x] for name, x in stage.tensors if x in values}
-            some = stage.function.gradients(
-                run_kernel, stage.options, given, own, of_results, arguments
-            )
+            options = _options(stage, devices)
+            some = stage.function.gradients(run_kernel, options, given, own, of_results, arguments)
             for name, number in arguments.items():
                 x = some.get(name)
                 if x is not None:
@@ -115,7 +125,7 @@ class Program:
         stage = self._makers[number]
         for _, other in stage.tensors:
             self._recompute(other, values)
-        _evaluate(stage, values, False)
+        _evaluate(stage, values, False, None)
 
     def _find_needed(self, wanted):
         """The arguments of each stage, the last first, that have gradients, and their numbers."""
@@ -131,10 +141,11 @@ class Program:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, program, numbers, *tensors):
+    def forward(ctx, program, devices, numbers, *tensors):
         tensors = tuple(map(as_kernels_take_it, tensors))
-        result, kept, saved = program.evaluate(dict(zip(numbers, tensors, strict=True)), True)
-        ctx.program, ctx.numbers, ctx.kept = program, numbers, tuple(kept)
+        values = dict(zip(numbers, tensors, strict=True))
+        result, kept, saved = program.evaluate(values, True, devices)
+        ctx.program, ctx.devices, ctx.numbers, ctx.kept = program, devices, numbers, tuple(kept)
         ctx.counts = [len(x) for x in saved]
         ctx.save_for_backward(*tensors, *kept.values(), *(x for some in saved for x in some))
         return result
@@ -146,17 +157,22 @@ class _Fused(torch.autograd.Function):
         tensors = iter(ctx.saved_tensors)
         values = {number: next(tensors) for number in (*ctx.numbers, *ctx.kept)}
         saved = [tuple(next(tensors) for _ in range(count)) for count in ctx.counts]
-        wanted = tuple(x for x, n in zip(ctx.numbers, ctx.needs_input_grad[2:], strict=True) if n)
-        found = ctx.program.gradients(values, saved, as_kernels_take_it(gradient), wanted)
-        return None, None, *map(found.get, ctx.numbers)
+        wanted = tuple(x for x, n in zip(ctx.numbers, ctx.needs_input_grad[3:], strict=True) if n)
+        gradient = as_kernels_take_it(gradient)
+        found = ctx.program.gradients(values, saved, gradient, wanted, ctx.devices)
+        return None, None, None, *map(found.get, ctx.numbers)
 
 
-def _evaluate(stage, values, save):
+def _evaluate(stage, values, save, devices):
     """Adds the results of a stage to the values, and returns what it saves."""
     given = {name: values[number] for name, number in stage.tensors if number in values}
-    results, saved = stage.function.evaluate(run_kernel, stage.options, given, save)
+    results, saved = stage.function.evaluate(run_kernel, _options(stage, devices), given, save)
     values.update(zip(stage.results, results, strict=True))
     return saved
+
+
+def _options(stage, devices):
+    return tuple(devices if x is DEVICES else x for x in stage.options)
 
 
 def _read(stage):

@@ -1,7 +1,7 @@
 """Records stages as they are called, to be evaluated together."""
 
 from keras_hla.kernels.fusion import functions
-from keras_hla.kernels.fusion.program import Program, Stage
+from keras_hla.kernels.fusion.program import DEVICES, Program, Stage
 from keras_hla.kernels.operator.chain import ATTENTION
 from keras_hla.kernels.passes import passes_of
 from keras_hla.kernels.stages.gate import GATE
@@ -60,7 +60,14 @@ class Recorder:
         (result,) = self._note(functions.PROJECT_TOGETHER, read, (len(denses),))
         return result
 
-    def operands(self, x, heads, dims, scale=1.0, convolution=None, segments=None, angles=None):
+    def concatenate(self, before, x):
+        """The tokens of both, along the length."""
+        (result,) = self._note(functions.CONCATENATE, {"before": before, "x": x})
+        return result
+
+    def operands(
+        self, x, heads, dims, scale=1.0, convolution=None, segments=None, angles=None, past=0
+    ):
         """Queries, keys and values from their projections in one tensor.
 
         Args:
@@ -71,6 +78,7 @@ class Recorder:
             convolution: a `ShortConvolution`, or `None`.
             segments: stands for the number of the segment of each token, or `None`.
             angles: what stands for cosines and sines, or `None`.
+            past: number of tokens that come before those of the results.
         """
         read, is_silu = {"x": x, "segments": segments}, False
         if convolution is not None:
@@ -78,7 +86,7 @@ class Recorder:
             is_silu = convolution.activation is not None
         if angles is not None:
             read["cos"], read["sin"] = angles
-        return self._note(OPERANDS, read, (is_silu, scale, *heads, *dims), count=3)
+        return self._note(OPERANDS, read, (is_silu, scale, *heads, *dims, past), count=3)
 
     def rms_norm(self, x, norm, recompute=False):
         read = {"x": x, "scale": self.variable(norm.scale)}
@@ -106,7 +114,7 @@ class Recorder:
     def attend(self, operator, query, key, value, log_decay):
         """The output of an operator, from zero states."""
         read = {"query": query, "key": key, "value": value, "log_decay": log_decay}
-        (result,) = self._note(ATTENTION, read, (passes_of(operator), False, None))
+        (result,) = self._note(ATTENTION, read, (passes_of(operator), False, DEVICES))
         return result
 
     def gate(self, x, gates):

@@ -19,6 +19,7 @@ _TOKENS = 32  # of a tile
 @triton.jit
 def _locate(
     length,
+    tokens,
     query,
     key,
     value,
@@ -30,7 +31,7 @@ def _locate(
     TOKENS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Where a program is: its tile and sequence, its first token, and its head.
+    """Where a program is: its tile of so many tokens, its sequence, its first token, and its head.
 
     Of the head: its first feature in the projections, its address in the tensor of queries, keys
     or values, the stride from token to token there, its size, the factor of its features, and
@@ -40,7 +41,7 @@ def _locate(
     program = tl.program_id(0)
     head = program % heads
     tile = (program // heads).to(tl.int64)
-    tiles = tl.cdiv(length, TOKENS - SIZE + 1)
+    tiles = tl.cdiv(tokens, TOKENS - SIZE + 1)
     row = tile // tiles
     token = (tile % tiles).to(tl.int32) * (TOKENS - SIZE + 1)
     of_query, of_value = head < HEADS, head >= HEADS + KEY_HEADS
@@ -74,7 +75,7 @@ def _load_angles(
     if ROTATE:
         start = token if SHARED else row * length + token
         place = start[:, None] * half + column[None, :]
-        inside = (token < length)[:, None] & (column < turned)[None, :]
+        inside = ((token >= 0) & (token < length))[:, None] & (column < turned)[None, :]
         c = factor * tl.load(cos + place, mask=inside, other=1.0)
         s = factor * tl.load(sin + place, mask=inside, other=0.0)
     return c, s
@@ -93,6 +94,7 @@ def operands_kernel(
     value,
     CONVOLVE: tl.constexpr,
     SIZE: tl.constexpr,
+    PAST: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SILU: tl.constexpr,
     ROTATE: tl.constexpr,
@@ -105,25 +107,28 @@ def operands_kernel(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Queries, keys and values of the tokens after the first `PAST`, which are read alone."""
     features = HEADS * DIM + KEY_HEADS * (DIM + VALUE_DIM)
     _, row, token, start, place, stride, dim, factor, turned = _locate(
-        length, query, key, value, 1, HEADS, KEY_HEADS, DIM, VALUE_DIM, TOKENS, SCALE
+        length, length, query, key, value, 1, HEADS, KEY_HEADS, DIM, VALUE_DIM, TOKENS, SCALE
     )
-    x += row * length * features
-    segments += row * length
+    total = length + PAST
+    x += row * total * features
+    segments += row * total
     token += tl.arange(0, TOKENS)
+    source = token + PAST
     column, half = tl.arange(0, BLOCK), (dim + 1) // 2
     # Each half of the features, of which the second may have one less.
     first, second = start + column, start + half + column
     end = start + half, start + dim
     if CONVOLVE:
-        a = mix(x, kernel, segments, token, first, end[0], length, features, SIZE, SEGMENTS)
-        b = mix(x, kernel, segments, token, second, end[1], length, features, SIZE, SEGMENTS)
+        a = mix(x, kernel, segments, source, first, end[0], total, features, SIZE, SEGMENTS)
+        b = mix(x, kernel, segments, source, second, end[1], total, features, SIZE, SEGMENTS)
         if SILU:
             a, b = silu(a), silu(b)
     else:
-        a = load_token(x, segments, token, token, first, end[0], length, features, False)
-        b = load_token(x, segments, token, token, second, end[1], length, features, False)
+        a = load_token(x, segments, source, source, first, end[0], total, features, False)
+        b = load_token(x, segments, source, source, second, end[1], total, features, False)
     c, s = _load_angles(cos, sin, row, token, column, half, length, factor, turned, ROTATE, SHARED)
     place += token.to(tl.int64)[:, None] * stride + column[None, :]
     inside = (token < length)[:, None]
@@ -147,6 +152,7 @@ def operands_gradient_kernel(
     dkernel,
     CONVOLVE: tl.constexpr,
     SIZE: tl.constexpr,
+    PAST: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SILU: tl.constexpr,
     ROTATE: tl.constexpr,
@@ -161,21 +167,24 @@ def operands_gradient_kernel(
 ):
     """The gradient of the projections, and the gradient of the kernel for each tile of tokens.
 
+    Tiles are of all projections, with those of the first `PAST` tokens, which have no results.
     The last `SIZE - 1` tokens of a tile are read here, but their gradients are of the next tile.
     """
     features = HEADS * DIM + KEY_HEADS * (DIM + VALUE_DIM)
-    tile, row, token, start, place, stride, dim, factor, turned = _locate(
-        length, dquery, dkey, dvalue, SIZE, HEADS, KEY_HEADS, DIM, VALUE_DIM, TOKENS, SCALE
+    total = length + PAST
+    tile, row, source, start, place, stride, dim, factor, turned = _locate(
+        length, total, dquery, dkey, dvalue, SIZE, HEADS, KEY_HEADS, DIM, VALUE_DIM, TOKENS, SCALE
     )
-    x += row * length * features
-    segments += row * length
-    token += tl.arange(0, TOKENS)
+    x += row * total * features
+    segments += row * total
+    source += tl.arange(0, TOKENS)
+    token = source - PAST
     column, half = tl.arange(0, BLOCK), (dim + 1) // 2
     first, second = start + column, start + half + column
     end = start + half, start + dim
     c, s = _load_angles(cos, sin, row, token, column, half, length, factor, turned, ROTATE, SHARED)
     place += token.to(tl.int64)[:, None] * stride + column[None, :]
-    inside = (token < length)[:, None]
+    inside = ((token >= 0) & (token < length))[:, None]
     ga = tl.load(place, mask=inside & (column < half)[None, :], other=0.0).to(tl.float32)
     gb = tl.load(place + half, mask=inside & (column < dim - half)[None, :], other=0.0)
     gb = gb.to(tl.float32)
@@ -183,21 +192,21 @@ def operands_gradient_kernel(
     own = tl.arange(0, TOKENS) < TOKENS - SIZE + 1
     if CONVOLVE:
         if SILU:
-            a = mix(x, kernel, segments, token, first, end[0], length, features, SIZE, SEGMENTS)
-            b = mix(x, kernel, segments, token, second, end[1], length, features, SIZE, SEGMENTS)
+            a = mix(x, kernel, segments, source, first, end[0], total, features, SIZE, SEGMENTS)
+            b = mix(x, kernel, segments, source, second, end[1], total, features, SIZE, SEGMENTS)
             ga, gb = ga * silu_gradient(a), gb * silu_gradient(b)
         dkernel += tile * SIZE * features
         _kernel_gradient(
-            ga, x, segments, token, first, end[0], own, length, dkernel, features, SIZE, SEGMENTS
+            ga, x, segments, source, first, end[0], own, total, dkernel, features, SIZE, SEGMENTS
         )
         _kernel_gradient(
-            gb, x, segments, token, second, end[1], own, length, dkernel, features, SIZE, SEGMENTS
+            gb, x, segments, source, second, end[1], own, total, dkernel, features, SIZE, SEGMENTS
         )
-        ga = _gather(ga, kernel, segments, token, first, end[0], length, features, SIZE, SEGMENTS)
-        gb = _gather(gb, kernel, segments, token, second, end[1], length, features, SIZE, SEGMENTS)
-    dx += row * length * features
-    inside = inside & own[:, None]
-    tokens = token[:, None] * features
+        ga = _gather(ga, kernel, segments, source, first, end[0], total, features, SIZE, SEGMENTS)
+        gb = _gather(gb, kernel, segments, source, second, end[1], total, features, SIZE, SEGMENTS)
+    dx += row * total * features
+    inside = (own & (source < total))[:, None]
+    tokens = source[:, None] * features
     dtype = dx.dtype.element_ty
     tl.store(dx + tokens + first[None, :], ga.to(dtype), mask=inside & (first < end[0])[None, :])
     tl.store(dx + tokens + second[None, :], gb.to(dtype), mask=inside & (second < end[1])[None, :])
@@ -259,8 +268,9 @@ def _gather(
 
 @functools.lru_cache(maxsize=256)
 def _launch(shape, dtype, size, segments, shared, options, backward):
-    is_silu, scale, heads, key_heads, dim, value_dim = options
-    batch, length, features = shape
+    is_silu, scale, heads, key_heads, dim, value_dim, past = options
+    batch, total, features = shape
+    length = total - past
     operands = [
         ((batch, length, count, d), dtype)
         for count, d in ((heads, dim), (key_heads, dim), (key_heads, value_dim))
@@ -270,6 +280,7 @@ def _launch(shape, dtype, size, segments, shared, options, backward):
     constants = {
         "CONVOLVE": size is not None,
         "SIZE": size or 1,
+        "PAST": past,
         "SEGMENTS": segments and size is not None,
         "SILU": is_silu,
         "ROTATE": shared is not None,
@@ -283,7 +294,7 @@ def _launch(shape, dtype, size, segments, shared, options, backward):
         "BLOCK": block_of((max(dim, value_dim) + 1) // 2),
     }
     own = tokens - (constants["SIZE"] - 1 if backward else 0)
-    tiles = batch * -(-length // own)
+    tiles = batch * -(-(total if backward else length) // own)
     grid = (tiles * (heads + 2 * key_heads),)
     if not backward:
         options = {"num_warps": 2}
@@ -323,6 +334,7 @@ def _shapes(options, tensors, save):
 
 
 #: Options: whether the activation is `silu`, the factor of the queries, the numbers of heads of
-#: queries and of keys, the sizes of keys and of values. Tensors: `x`, `(batch, length, features)`;
-#: `kernel` and `segments`, of a convolution; `cos` and `sin`, of a rotation.
+#: queries and of keys, the sizes of keys and of values, and the number of tokens that come before
+#: those of the results, which the convolution alone reads. Tensors: `x`, `(batch, length,
+#: features)`; `kernel` and `segments`, of a convolution; `cos` and `sin`, of a rotation.
 OPERANDS = KernelFunction("operands", _evaluate, _gradients, _shapes, count=lambda options: 3)
