@@ -73,10 +73,13 @@ def restored(kept):
 class JaxDevices:
     """Those along an axis of the mesh of a `jax.shard_map`."""
 
-    def __init__(self, axis, index):
+    are_shards_equal = True  # in length
+
+    def __init__(self, axis, index, size):
         self._axis = axis
         self.kept = axis  # what a trace may keep of them
         self.index = index  # of this device, in the order of the parts
+        self.size = size
 
     @classmethod
     def of(cls, axis):
@@ -85,7 +88,7 @@ class JaxDevices:
         if not isinstance(axis, str):
             return None
         try:
-            return cls(axis, jax.lax.axis_index(axis))
+            return cls(axis, jax.lax.axis_index(axis), jax.lax.psum(1, axis))
         except NameError:  # no such axis
             return None
 
@@ -115,6 +118,8 @@ class JaxDevices:
 
 class TorchDevices:
     """Those of a group of processes."""
+
+    are_shards_equal = False
 
     def __init__(self, group, index):
         self.group = group

@@ -22,12 +22,16 @@ class SequenceShard:
 
     def __init__(self, devices, length, mask, starts):
         self.devices = devices
-        tokens = ops.full((1,), length, "int32") if mask is None else _count(mask)
-        begun = ops.zeros_like(tokens) if starts is None else _count(starts)
-        rows = ops.zeros_like(tokens + begun)  # of the batch, or one
-        facts = devices.gather(ops.stack([tokens + rows, begun + rows], axis=-1), axis=1)
-        self._tokens, self._begun = facts[..., 0], facts[..., 1]  # `(rows, devices)`
-        self._is_earlier = count_up(facts.shape[1]) < devices.index
+        if mask is None and starts is None and devices.are_shards_equal:
+            self._tokens = ops.full((1, devices.size), length, "int32")  # `(rows, devices)`
+            self._begun = ops.zeros_like(self._tokens)
+        else:
+            tokens = ops.full((1,), length, "int32") if mask is None else _count(mask)
+            begun = ops.zeros_like(tokens) if starts is None else _count(starts)
+            rows = ops.zeros_like(tokens + begun)  # of the batch, or one
+            facts = devices.gather(ops.stack([tokens + rows, begun + rows], axis=-1), axis=1)
+            self._tokens, self._begun = facts[..., 0], facts[..., 1]
+        self._is_earlier = count_up(self._tokens.shape[1]) < devices.index
 
     def positions(self, position):
         """The positions `(batch, 2)` before the own shard and after all, from that before all."""
