@@ -105,7 +105,7 @@ def _inputs(cell, sequences, starts, shard, norm=None):
     """
     inputs, length = {"sequences": sequences}, sequences.shape[1]
     if cell.conv_kernel_size is not None:
-        inputs |= window_and_segments(cell, sequences, starts, shard, norm)
+        inputs |= _window_and_segments(cell, sequences, starts, shard, norm)
     if cell.rope_max_wavelength is not None:
         if shard is None:
             angles = rotation_from_start(length, cell.turns, cell.state_dtype)
@@ -122,7 +122,18 @@ def _inputs(cell, sequences, starts, shard, norm=None):
     return inputs
 
 
-def window_and_segments(cell, sequences, starts, shard, norm=None):
+def take_part(cell, sequences, starts, shard):
+    """Exchanges what `mix` does, for a shard without tokens.
+
+    Returns:
+        Zero, by which the exchange has its part in the backward pass; or `None`, without one.
+    """
+    if cell.conv_kernel_size is None:
+        return None
+    return 0 * ops.sum(_window_and_segments(cell, sequences, starts, shard)["window"])
+
+
+def _window_and_segments(cell, sequences, starts, shard, norm=None):
     """What the convolution reads besides the sequences, by name.
 
     Of a shard these are the last tokens before it, and the segments of these and its own. A token

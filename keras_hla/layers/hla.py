@@ -1,28 +1,23 @@
 """The layer, which evaluates its cell for all tokens in parallel."""
 
-import functools
 from typing import Any, Unpack
 
 import keras
 from keras import ops
 
-from keras_hla import kernels, stages
+from keras_hla import kernels
 from keras_hla.backend.devices import devices_of, reference_to, referred_to
-from keras_hla.backend.loops import recomputed
-from keras_hla.backend.tensors import is_known
 from keras_hla.checks import check_choice, check_features, check_positive_int
-from keras_hla.evaluate import evaluate
-from keras_hla.inputs import arrange
 from keras_hla.layers import fused as fused_layers
 from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.hla_cell import HLACell
 from keras_hla.layers.hla_checks import check_call, check_settings, check_split
 from keras_hla.layers.masked_outputs import at_masked, outputs_around
+from keras_hla.layers.mixing import mix
 from keras_hla.layers.options import HLAOptions
 from keras_hla.layers.own_parameters import check_own_parameters
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
-from keras_hla.layers.rematerialization import scan_rematerialized
 from keras_hla.layers.sequence_shard import SequenceShard
 from keras_hla.layers.state_scope import current_state_scope
 from keras_hla.masking import segment_starts
@@ -265,9 +260,7 @@ class HLA(CompositeLayer):
         starts, shard = self._starts_and_shard(sequences, mask, segment_ids)
         states = self._starting_states(initial_state)
         kept = self.return_state or self.stateful or scope is not None
-        output, states = self._in_parts(
-            states, sequences, mask, starts, kept and self.causal, shard
-        )
+        output, states = mix(self, states, sequences, mask, starts, kept and self.causal, shard)
         warn_of_redrawn_dropout(self, self.cell, training)
         output, last = self.cell.drop(output, training), None
         filled = mask is not None and not self.zero_output_for_mask
@@ -284,54 +277,6 @@ class HLA(CompositeLayer):
             # Of one token, or of none.
             output = ops.sum(output[:, -1:], axis=1) if last is None else last
         return (output, *states) if self.return_state else output
-
-    def _in_parts(self, states, sequences, mask, starts, return_state, shard=None):
-        """The outputs, before dropout, and the tuple of states, if they are wanted."""
-        length, longest = sequences.shape[1], self.remat_length
-        inputs = {"sequences": sequences, "mask": mask, "starts": starts}
-        whole = functools.partial(self._one_part, return_state=return_state, shard=shard)
-        if not self.causal or not is_known(length) or longest is None or length <= longest:
-            return whole(states, **inputs)
-        if shard is not None:  # each pass is of all devices, so that there is no cutting it
-            return recomputed(whole, self.cell.weights, shard.devices)(states, **inputs)
-        if states is None:
-            states = self.get_initial_state(ops.shape(sequences)[0])
-        return scan_rematerialized(self._one_part, states, inputs, longest, self.cell.weights)
-
-    def _one_part(self, states, sequences, mask=None, starts=None, return_state=True, shard=None):
-        """`_in_parts` at once: choose, project, evaluate, finish."""
-        cell, segmented = self.cell, starts is not None
-        implementation, _ = self.implementation_for(sequences, segmented)
-        fused = stages.are_fused(implementation)
-        devices, window = None if shard is None else shard.devices, {}
-        alone = fused and not return_state
-        if alone and self.why_not_fused(sequences, states, mask, segmented) is None:
-            sequences = ops.cast(sequences, self.compute_dtype)
-            if devices is None or sequences.shape[1] > 0:
-                return fused_layers.mix(self, sequences, starts, shard), ()
-            # A shard without tokens takes part in the collectives of the others.
-            if cell.conv_kernel_size is not None:
-                window = fused_layers.window_and_segments(cell, sequences, starts, shard)
-            shard = None
-        memory, context = (None, {}) if states is None else cell.split_states(states)
-        (query, key, value, log_decay), context = cell.project(
-            sequences, context, mask, starts, return_state, fused, shard
-        )
-        output, memory = evaluate(
-            cell.operator,
-            arrange(query, key, value, log_decay, mask, starts),
-            memory if self.causal else None,
-            causal=self.causal,
-            return_state=return_state,
-            epsilon=cell.epsilon if cell.normalize else None,
-            chunk_size=self.chunk_size,
-            implementation=implementation,
-            devices=devices,
-        )
-        output = cell.finish(output, sequences, fused)
-        if window:  # in the backward pass, too
-            output = output + 0 * ops.sum(window["window"])
-        return output, (*memory, *context.values()) if return_state else ()
 
     def implementation_for(
         self, sequences: Tensor | None = None, segmented: bool = False

@@ -1,0 +1,70 @@
+"""What an `HLA` layer makes of its tokens: at once, or rematerialized in parts."""
+
+import functools
+
+from keras import ops
+
+from keras_hla import stages
+from keras_hla.backend.loops import recomputed
+from keras_hla.backend.tensors import is_known
+from keras_hla.evaluate import evaluate
+from keras_hla.inputs import arrange
+from keras_hla.layers import fused as fused_layers
+from keras_hla.layers.rematerialization import scan_rematerialized
+
+
+def mix(layer, states, sequences, mask, starts, return_state, shard=None):
+    """The outputs, before dropout, and the tuple of states, which is empty unless wanted.
+
+    Args:
+        layer: the layer.
+        states: states before the tokens, or `None`, which is zeros.
+        sequences: tensor of shape `(batch, length, features)`, zero at masked tokens.
+        mask: boolean tensor `(batch, length)`, or `None`.
+        starts: boolean tensor `(batch, length)`, true where a segment starts, or `None`.
+        return_state: whether the states after the tokens are wanted.
+        shard: the `SequenceShard` that `sequences` is, or `None` where it is the whole.
+    """
+    length, longest = sequences.shape[1], layer.remat_length
+    inputs, weights = {"sequences": sequences, "mask": mask, "starts": starts}, layer.cell.weights
+    part = functools.partial(_mix_part, layer)
+    whole = functools.partial(part, return_state=return_state, shard=shard)
+    if not layer.causal or not is_known(length) or longest is None or length <= longest:
+        return whole(states, **inputs)
+    if shard is not None:  # each pass is of all devices, so that there is no cutting it
+        return recomputed(whole, weights, shard.devices)(states, **inputs)
+    if states is None:
+        states = layer.get_initial_state(ops.shape(sequences)[0])
+    return scan_rematerialized(part, states, inputs, longest, weights)
+
+
+def _mix_part(layer, states, sequences, mask=None, starts=None, return_state=True, shard=None):
+    """`mix` at once: choose, project, evaluate, finish."""
+    cell, segmented = layer.cell, starts is not None
+    implementation, _ = layer.implementation_for(sequences, segmented)
+    fused, zero = stages.are_fused(implementation), None
+    devices = None if shard is None else shard.devices
+    alone = fused and not return_state
+    if alone and layer.why_not_fused(sequences, states, mask, segmented) is None:
+        sequences = ops.cast(sequences, layer.compute_dtype)
+        if devices is None or sequences.shape[1] > 0:
+            return fused_layers.mix(layer, sequences, starts, shard), ()
+        zero, shard = fused_layers.take_part(cell, sequences, starts, shard), None
+    memory, context = (None, {}) if states is None else cell.split_states(states)
+    (query, key, value, log_decay), context = cell.project(
+        sequences, context, mask, starts, return_state, fused, shard
+    )
+    output, memory = evaluate(
+        cell.operator,
+        arrange(query, key, value, log_decay, mask, starts),
+        memory if layer.causal else None,
+        causal=layer.causal,
+        return_state=return_state,
+        epsilon=cell.epsilon if cell.normalize else None,
+        chunk_size=layer.chunk_size,
+        implementation=implementation,
+        devices=devices,
+    )
+    output = cell.finish(output, sequences, fused)
+    output = output if zero is None else output + zero
+    return output, (*memory, *context.values()) if return_state else ()
