@@ -14,7 +14,7 @@ import time
 
 from benchmarks.arguments import names, parser
 
-REPEATS = 7
+REPEATS, STEPS = 5, 4
 
 
 def parse(argv=None):
@@ -90,20 +90,19 @@ def report(arguments, rows):
         assert worst < limit, f"{count} devices differ from one: {differences}"
 
 
-def relative(x, y):
-    """RMS of the difference over RMS of `y`."""
-    return float((((x - y) ** 2).mean() / (y**2).mean()) ** 0.5)
-
-
 def median_time(step, wait):
-    """Median seconds of a step, from an idle device until the step is complete."""
+    """Median seconds of a step, of means over consecutive steps.
+
+    `wait` waits until the devices are idle and, if it is given one, until there is a result.
+    """
     seconds = []
     for _ in range(REPEATS):
-        wait()
+        wait(None)
         begin = time.perf_counter()
-        step()
-        wait()
-        seconds.append(time.perf_counter() - begin)
+        for _ in range(STEPS):
+            result = step()
+        wait(result)
+        seconds.append((time.perf_counter() - begin) / STEPS)
     return sorted(seconds)[REPEATS // 2]
 
 

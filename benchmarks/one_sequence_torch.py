@@ -1,11 +1,10 @@
 """Context parallelism under PyTorch: see `one_sequence.py`."""
 
-import numpy as np
 import torch
 from torch import distributed
 
 from benchmarks import collectives, processes
-from benchmarks.one_sequence import attend, median_time, relative
+from benchmarks.one_sequence import attend, median_time
 
 
 def run(arguments):
@@ -15,8 +14,8 @@ def run(arguments):
 
 
 def _measure(rank, device, count, arguments):
-    tensors = [x.to(device) for x in draw(arguments)]
-    whole = [] if rank else [x.float() for x in step(arguments, tensors, None)]
+    tensors = draw(arguments, device)
+    whole = [] if rank else step(arguments, tensors, None)
     tensors = [x.chunk(count, dim=1)[rank].clone() for x in tensors]
     group = distributed.group.WORLD if count > 1 else None
     differences = []
@@ -24,30 +23,40 @@ def _measure(rank, device, count, arguments):
         parts = [torch.empty_like(own) for _ in range(count)]
         distributed.all_gather(parts, own.contiguous())
         if rank == 0:
-            differences.append(relative(torch.cat(parts, dim=1).float(), whole[i]))
-    whole.clear()
+            differences.append(relative(torch.cat(parts, dim=1).float(), whole[i].float()))
+    del whole, parts
     memory, on_gpus = None, device.type == "cuda"
     if on_gpus:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     with collectives.counted() as exchanged:
         step(arguments, tensors, group)
-    seconds = median_time(lambda: step(arguments, tensors, group), lambda: processes.wait(device))
+    seconds = median_time(
+        lambda: step(arguments, tensors, group), lambda result: processes.wait(device)
+    )
     if on_gpus:
         memory = torch.cuda.max_memory_allocated() - before
     return count, processes.name_of(device), seconds, memory, differences, exchanged.total
 
 
-def draw(arguments):
-    """Query, key, value, log-decay, and the weights of the output in the loss."""
-    rng = np.random.default_rng(0)
+def relative(x, y):
+    """RMS of the difference over RMS of `y`."""
+    return float(((x - y).square().mean() / y.square().mean()).sqrt())
+
+
+def draw(arguments, device):
+    """Query, key, value, log-decay, and the weights of the output in the loss.
+
+    They are the same in all processes.
+    """
+    generator = torch.Generator(device).manual_seed(0)
     shape = 1, arguments.length, arguments.heads, arguments.dim
     dtype, scale = getattr(torch, arguments.dtype), arguments.dim**-0.5
     query, key, value, weights = (
-        torch.from_numpy(rng.standard_normal(shape, dtype="float32")).to(dtype) for _ in range(4)
+        torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(4)
     )
-    log_decay = torch.from_numpy(np.log(rng.uniform(0.99, 1, shape[:3])).astype("float32"))
-    return query * scale, key * scale, value, log_decay, weights
+    decay = torch.rand(shape[:3], generator=generator, device=device)
+    return query * scale, key * scale, value, torch.log(0.99 + 0.01 * decay), weights
 
 
 def step(arguments, tensors, group):

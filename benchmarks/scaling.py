@@ -5,7 +5,8 @@
 Each device has the same work, however many there are:
 
 - `data`: data parallel training of a language model, 16 rows of 2,048 tokens per device;
-- `mesh`: the same with half of the devices along the sequences: rows that are as many times longer;
+- `mesh`: the same with two devices along the batch, and half of them along the sequences, which are
+  as many times longer; of two devices both are along the sequences;
 - `sequence`: the operator, forward and backward, on one sequence, 131,072 tokens per device.
 
 Devices are all GPUs, or virtual CPU devices where there are none (with `--size small`). The loss of
@@ -62,7 +63,7 @@ def parse(argv=None):
 def mesh_of(case, count):
     """Devices along the rows and along the sequence; `None` if there is no such mesh."""
     if case == "mesh":
-        return None if count % 2 or count < 4 else (2, count // 2)
+        return None if count % 2 else (min(2, count // 2), max(2, count // 2))
     return (count, 1) if case == "data" else (1, count)
 
 

@@ -145,12 +145,12 @@ class TorchDevices:
         return self
 
     def gather(self, x, axis):
-        from keras_hla.backend.torch_collectives import AllGather, GatheredBefore
+        from keras_hla.backend.torch_collectives import GatheredBefore, all_gather
 
         if self._to_read:
             known = self._to_read.pop(0)
             return GatheredBefore.apply(x, self.group, known).movedim(0, axis)
-        gathered = AllGather.apply(x, self.group)
+        gathered = all_gather(x, self.group)
         if self._gathered is not None:
             self._gathered.append(gathered.detach())
         return gathered.movedim(0, axis)

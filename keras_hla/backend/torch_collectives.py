@@ -11,6 +11,19 @@ _all_gather = getattr(distributed, "all_gather_single", distributed.all_gather_i
 _reduce_scatter = getattr(distributed, "reduce_scatter_single", distributed.reduce_scatter_tensor)
 
 
+def all_gather(x, group):
+    """The tensors of all processes of a group, stacked along a new first axis."""
+    # `AllGather` alone has a CPU overhead.
+    return AllGather.apply(x, group) if x.requires_grad else _stacked(x, group)
+
+
+def _stacked(x, group):
+    size = distributed.get_world_size(group)
+    gathered = x.new_empty((size * x.numel(),))
+    _all_gather(gathered, x.reshape(-1), group=group)
+    return gathered.view(size, *x.shape)
+
+
 class _OfGroup(torch.autograd.Function):
     """A function of a tensor and the group of processes."""
 
@@ -20,14 +33,9 @@ class _OfGroup(torch.autograd.Function):
 
 
 class AllGather(_OfGroup):
-    """The tensors of all processes of a group, stacked along a new first axis."""
+    """`all_gather` with gradients."""
 
-    @staticmethod
-    def forward(x, group):
-        size = distributed.get_world_size(group)
-        gathered = x.new_empty((size * x.numel(),))
-        _all_gather(gathered, x.reshape(-1), group=group)
-        return gathered.view(size, *x.shape)
+    forward = staticmethod(_stacked)
 
     @staticmethod
     def backward(ctx, gradient):
