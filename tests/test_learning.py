@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from benchmarks.learning import __main__ as command
-from benchmarks.learning import mixers, model, optimizer, peers, summary, tasks, train
+from benchmarks.learning import mixers, model, optimizer, peers, report, summary, tasks, train
 from benchmarks.learning.delta_rule import gated_delta_rule
 from benchmarks.learning.operators import CANDIDATES
+from benchmarks.learning.records import SETTINGS
 from benchmarks.learning.tasks import (
     copying,
     far,
@@ -280,6 +281,26 @@ def test_refuses(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "torch")
     with pytest.raises(SystemExit, match="KERAS_BACKEND must be 'jax'"):
         command.main(["--task", "mqar"])
+
+
+def test_a_rate_with_one_seed_replaces_no_complete_row():
+    def reported(*results):
+        settings = dict.fromkeys(SETTINGS, "1") | {"weights": "1", "state": "1", "diverged": "0"}
+        names = "rate", "seed", "valid loss"
+        found = [
+            settings
+            | dict(zip(names, map(str, result), strict=True))
+            | {"bits 8": "1", "curve": "1"}
+            for result in results
+        ]
+        (line,) = report.lines(found, "bits")
+        return line.rate, len(line.curves), line.edge
+
+    first, best, other, late = (0.1, 0, 3.0), (0.2, 0, 2.0), (0.2, 1, 4.0), (0.4, 0, 1.0)
+    assert reported(first, best, late) == (0.4, 1, True)
+    assert reported(first, best, other, late) == (0.2, 2, True)
+    assert reported(first, best, other, (0.4, 0, 5.0)) == (0.2, 2, False)
+    assert reported(first, best, other, late, (0.4, 1, 4.0)) == (0.4, 2, True)
 
 
 def test_plot_of_the_records(tmp_path):

@@ -13,7 +13,7 @@ def save(found, task, path):
     import matplotlib.pyplot as plt
 
     height = 2 + 0.35 * len(found)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, height), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(18, height), layout="constrained")
     _tests(left, found, task)
     _curves(right, found, task)
     figure.suptitle(f"{task.name}: mean over the seeds; lines are the standard deviation")
@@ -47,7 +47,7 @@ def _curves(ax, found, task):
     ax.set_ylabel(f"{task.metric} in training")
     if task.metric != "accuracy":
         ax.set_yscale("log")
-    ax.legend(fontsize="x-small")
+    ax.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves
 
 
 def _label(line):

@@ -1,5 +1,6 @@
 """The table of a task: each mixer at its best learning rate, mean and spread over the seeds."""
 
+from collections import Counter
 import statistics
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ from benchmarks.learning.schedule import best_rate
 class Line(NamedTuple):
     """A mixer in one setting, at its best learning rate.
 
-    `edge` tells whether that rate was the smallest or the largest that was tried. `tests` are the
-    values of all seeds by the name of the test, `steps` those to 0.99.
+    It is the best of the rates with the most seeds: a rate that has not been trained with all seeds
+    yet replaces none that has. `edge` tells whether the best rate of all was the smallest or the
+    largest that was tried. `tests` are the values of all seeds by the name of the test, `steps`
+    those to 0.99.
     """
 
     mixer: str
@@ -42,8 +45,9 @@ def lines(rows, metric):
 
 
 def _line(rows, metric):
-    rate = best_rate(rows)
-    tried = {float(row["rate"]) for row in rows}
+    tried = Counter(float(row["rate"]) for row in rows)
+    most = max(tried.values())
+    rate = best_rate(rows, [rate for rate, seeds in tried.items() if seeds == most])
     best = [row for row in rows if float(row["rate"]) == rate]
     tests = {
         name.removeprefix(f"{metric} "): [float(row[name]) for row in best]
@@ -54,7 +58,7 @@ def _line(rows, metric):
         best[0]["mixer"],
         {name: best[0][name] for name in SETTINGS},
         rate,
-        len(tried) > 1 and rate in (min(tried), max(tried)),
+        len(tried) > 1 and best_rate(rows) in (min(tried), max(tried)),
         int(best[0]["weights"]),
         int(best[0]["state"]),
         tests,
