@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_hla.backend.tensors import where
 from keras_hla.checks import (
     as_tensor,
     check_attention_inputs,
@@ -92,7 +93,7 @@ def arrange_log_decay(log_decay, length, dtype, mask=None, starts=None):
     if log_decay is not None:
         log_decay = spread_log_decay(log_decay, length, dtype)
         if mask is not None:
-            log_decay = ops.where(mask[..., None], log_decay, 0)
+            log_decay = where(mask[..., None], log_decay, 0)
     if starts is not None:
         log_decay = forget_at(starts[..., None], log_decay, dtype)
     return None if log_decay is None else bound(log_decay)

@@ -4,7 +4,7 @@ import math
 
 from keras import ops
 
-from keras_hla.backend.tensors import count_up, cumulative_sum, pad_axis
+from keras_hla.backend.tensors import at_least, count_up, cumulative_sum, pad_axis, where
 
 _LARGEST = 2**31 - 1  # of the integers that count tokens
 
@@ -29,7 +29,7 @@ def segment_starts(segment_ids, mask, devices=None):
 
 def _last_unmasked(x, mask):
     """The last entry of each row of `x` where `mask` is true, and 1 if there is one or 0."""
-    positions = ops.where(mask, count_up(ops.shape(x)[1]) + 1, 0)
+    positions = where(mask, count_up(ops.shape(x)[1]) + 1, 0)
     last = ops.max(pad_axis(positions, 1, 0, axis=1), axis=1)  # 0 of no token, too
     entry = ops.take_along_axis(pad_axis(x, 1, 0, axis=1), last[:, None], axis=1)[:, 0]
     return entry, ops.cast(last > 0, x.dtype)
@@ -77,14 +77,14 @@ def fill_forward(x, mask):
         A tensor of the shape of `x`, and where it holds such an entry, `(batch, length)`.
     """
     count = count_tokens(mask)
-    last = take(_counting_first(mask), ops.maximum(count - 1, 0))
+    last = take(_counting_first(mask), at_least(count - 1, 0))
     return take(x, last), count > 0
 
 
 def _counting_first(mask):
     """The indices of each row, in order, those first where `mask` is true."""
     steps = count_up(ops.shape(mask)[1])
-    return ops.argsort(ops.where(mask, steps, _LARGEST), axis=1)
+    return ops.argsort(where(mask, steps, _LARGEST), axis=1)
 
 
 def apply_mask(mask, query, key, value):
@@ -92,10 +92,10 @@ def apply_mask(mask, query, key, value):
 
     `where` rather than a product: such tokens may hold NaN.
     """
-    return [ops.where(mask[..., None, None], x, 0) for x in (query, key, value)]
+    return [where(mask[..., None, None], x, 0) for x in (query, key, value)]
 
 
 def forget_at(starts, log_decay, dtype):
     """The log-decay with which tokens at `starts` forget all before them."""
     log_decay = 0.0 if log_decay is None else log_decay
-    return ops.cast(ops.where(starts, -math.inf, log_decay), dtype)
+    return ops.cast(where(starts, -math.inf, log_decay), dtype)

@@ -26,6 +26,7 @@ from keras_hla.backend.tensors import (
     is_known,
     pad_axis,
     size_at_run_time,
+    where,
 )
 
 # Up to this many states are scanned in one product, more in blocks.
@@ -156,7 +157,7 @@ def _to_nats(whole, dtype):
 def _products(whole, rest):
     past = causal_mask(ops.shape(rest)[-1])
     exponent = _to_nats(_differences(whole), rest.dtype) + _differences(rest)
-    return ops.exp(ops.where(past, exponent, -math.inf))
+    return ops.exp(where(past, exponent, -math.inf))
 
 
 def before(within):

@@ -62,6 +62,7 @@ ONLY = {
         ("jax", "torch"),
         "TensorFlow writes the files, and has their tests",
     ),
+    "test_host_copies.py": (("torch",), "JAX and TensorFlow compile what a layer is part of"),
     "test_jax_kernels.py": (("jax",), "PyTorch runs the kernels, TensorFlow has none"),
     "test_kernel_proof.py": (("jax", "torch"), "TensorFlow has no kernels"),
     "test_kernels.py": (

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "stages": "backend masking precision kernels.stages",
     # From public tensors to outputs and states.
     "forms": "backend distributed_scan grouping scan",
-    "inputs": "checks grouping masking precision scan",
+    "inputs": "backend checks grouping masking precision scan",
     "evaluate": "forms grouping kernels.operator",
     # Which implementation is taken, and the proof of kernels on a GPU that is not known.
     "kernels.small_cases": "evaluate inputs kernels.stages precision stages",

@@ -113,7 +113,11 @@ class JaxDevices:
         import jax
 
         # JAX knows it of sums alone. The compiler leaves it out where nobody reads it.
-        return jax.lax.psum(ops.where(self.index == 0, x, 0), self._axis)
+        return jax.lax.psum(self.of_first(x), self._axis)
+
+    def of_first(self, x):
+        """`x` on the first device, and zeros on the others."""
+        return ops.where(self.index == 0, x, 0)
 
 
 class TorchDevices:
@@ -176,3 +180,6 @@ class TorchDevices:
 
     def shared(self, x):
         return x
+
+    def of_first(self, x):
+        return x if self.index == 0 else x.new_zeros(x.shape)

@@ -1,5 +1,7 @@
 """Functions of tensors that differ between the backends of Keras."""
 
+import itertools
+
 import keras
 from keras import ops
 
@@ -128,6 +130,25 @@ def pad_axis(x, before, after, axis):
     widths = [(0, 0)] * len(x.shape)
     widths[axis] = (before, after)
     return ops.pad(x, widths)
+
+
+def where(condition, x, y):
+    """`keras.ops.where`, also for numbers.
+
+    Under PyTorch `keras.ops` copies numbers to the device: the CPU waits until a GPU has done all
+    that it was given.
+    """
+    if keras.config.backend() == "torch":
+        import torch
+
+        return torch.where(condition, x, y)
+    return ops.where(condition, x, y)
+
+
+def split_features(x, sizes):
+    """The parts of the last axis, of these sizes; without a copy to the device, as `where`."""
+    ends = list(itertools.accumulate(sizes))
+    return [x[..., end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def at_least(x, minimum):

@@ -153,7 +153,7 @@ def _window_and_segments(cell, sequences, starts, shard, norm=None):
         if not cell.use_bias:  # and zeros are projected to zeros
             return {"window": window}
         segments = ops.zeros(sequences.shape[:2], "int32")
-    before = ops.where(are_read, 0, -1)
+    before = ops.cast(are_read, "int32") - 1
     return {"window": window, "segments": ops.concatenate([before, segments], axis=1)}
 
 

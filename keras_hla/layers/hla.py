@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_hla import kernels
 from keras_hla.backend.devices import devices_of, reference_to, referred_to
+from keras_hla.backend.tensors import where
 from keras_hla.checks import check_choice, check_features, check_positive_int
 from keras_hla.layers import fused as fused_layers
 from keras_hla.layers.arguments import plain, split_arguments
@@ -256,7 +257,7 @@ class HLA(CompositeLayer):
                 x if x is None else ops.flip(x, axis=1) for x in (sequences, mask, segment_ids)
             )
         if mask is not None:
-            sequences = ops.where(mask[..., None], sequences, 0)
+            sequences = where(mask[..., None], sequences, 0)
         starts, shard = self._starts_and_shard(sequences, mask, segment_ids)
         states = self._starting_states(initial_state)
         kept = self.return_state or self.stateful or scope is not None

@@ -1,6 +1,5 @@
 """One step of the layer, and what the layer does before and after its operator."""
 
-import itertools
 from typing import Any
 
 import keras
@@ -10,7 +9,7 @@ from keras import ops
 from keras.src.layers.rnn.dropout_rnn_cell import DropoutRNNCell
 
 from keras_hla import stages
-from keras_hla.backend.tensors import count_up, is_single_token
+from keras_hla.backend.tensors import count_up, is_single_token, split_features
 from keras_hla.evaluate import evaluate
 from keras_hla.inputs import arrange, prepare_state
 from keras_hla.layers.hla_weights import HLAWeights
@@ -221,15 +220,15 @@ class HLACell(HLAWeights, DropoutRNNCell):
         if shard is not None:
             own = self._window_after(projected, (None,) * 3, mask, starts)
             window, last = shard.last_tokens(own, window, starts is not None, return_window)
-        splits = list(itertools.accumulate(self.projected_sizes[:-1]))
+        sizes = self.projected_sizes
         # Together where there is more to each call than to its products.
         joint = mask is not None or is_single_token(projected[0])
         kernels, windows = [ops.convert_to_tensor(self.conv.kernel)], [window]
         if joint:
             projected = [ops.concatenate(projected, axis=-1)]
         else:
-            kernels = ops.split(kernels[0], splits, axis=-1)
-            windows = [None] * 3 if window is None else ops.split(window, splits, axis=-1)
+            kernels = split_features(kernels[0], sizes)
+            windows = [None] * 3 if window is None else split_features(window, sizes)
         parts = list(zip(projected, kernels, windows, strict=True))
         projected = [
             stages.convolve(x, kernel, self.conv_activation, before, mask, starts, fused)
@@ -240,7 +239,7 @@ class HLACell(HLAWeights, DropoutRNNCell):
             tokens, _, before = zip(*parts, strict=True)
             after = self._window_after(tokens, before, mask, starts) if shard is None else last
             after = ops.cast(after, self.state_dtype)
-        return (ops.split(projected[0], splits, axis=-1) if joint else projected), after
+        return (split_features(projected[0], sizes) if joint else projected), after
 
     def _window_after(self, projected, windows, mask, starts):
         size = self.conv_kernel_size

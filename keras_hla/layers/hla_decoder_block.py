@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_hla import stages
+from keras_hla.backend.tensors import where
 from keras_hla.checks import (
     as_tensor,
     check_features,
@@ -182,7 +183,7 @@ class HLADecoderBlock(CompositeLayer):
         mask = as_tensor("mask", mask, optional=True)
         if mask is not None:
             check_mask(mask, *sequences.shape[:2])
-            sequences = ops.where(ops.cast(mask, "bool")[..., None], sequences, 0)
+            sequences = where(ops.cast(mask, "bool")[..., None], sequences, 0)
         sequences = ops.cast(sequences, self.compute_dtype)
         segmented = segment_ids is not None
         fused = stages.are_fused(self.mixer.implementation_for(sequences, segmented)[0])

@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_hla import stages
+from keras_hla.backend.tensors import where
 from keras_hla.masking import fill_forward
 
 
@@ -26,7 +27,7 @@ def at_masked(output, mask, before, last, filled, return_sequences):
     Returns:
         The outputs, and the last one, which may be `None` if it is not asked for.
     """
-    zeros = None if filled else ops.where(mask[..., None], output, 0)
+    zeros = None if filled else where(mask[..., None], output, 0)
     if not filled and return_sequences:
         return zeros, None
     batch, features = ops.shape(output)[0], output.shape[-1]

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_hla.backend.tensors import count_up
+from keras_hla.backend.tensors import at_least, count_up, where
 from keras_hla.stages import last_window
 from keras_hla.stages.rotary import moved_on
 
@@ -23,10 +23,10 @@ class SequenceShard:
     def __init__(self, devices, length, mask, starts):
         self.devices = devices
         if mask is None and starts is None and devices.are_shards_equal:
-            self._tokens = ops.full((1, devices.size), length, "int32")  # `(rows, devices)`
+            self._tokens = ops.zeros((1, devices.size), "int32") + length  # `(rows, devices)`
             self._begun = ops.zeros_like(self._tokens)
         else:
-            tokens = ops.full((1,), length, "int32") if mask is None else _count(mask)
+            tokens = ops.zeros((1,), "int32") + length if mask is None else _count(mask)
             begun = ops.zeros_like(tokens) if starts is None else _count(starts)
             rows = ops.zeros_like(tokens + begun)  # of the batch, or one
             facts = devices.gather(ops.stack([tokens + rows, begun + rows], axis=-1), axis=1)
@@ -35,7 +35,7 @@ class SequenceShard:
 
     def positions(self, position):
         """The positions `(batch, 2)` before the own shard and after all, from that before all."""
-        before = ops.sum(ops.where(self._is_earlier, self._tokens, 0), axis=1, keepdims=True)
+        before = ops.sum(where(self._is_earlier, self._tokens, 0), axis=1, keepdims=True)
         total = ops.sum(self._tokens, axis=1, keepdims=True)
         after = self.devices.shared(moved_on(position, total))
         return moved_on(position, before), after
@@ -56,7 +56,7 @@ class SequenceShard:
         batch, slots, features = ops.shape(own)
         parts = self.devices.gather(own, axis=1)
         row = ops.reshape(parts, (batch, -1, features))
-        first = ops.maximum(slots - self._tokens, 0)[..., None]
+        first = at_least(slots - self._tokens, 0)[..., None]
         slot = count_up(slots)
 
         def of_row(marked):

@@ -6,7 +6,15 @@ y_t = activation(Σ_i w_i ⊙ x_{t-n+1+i}),   i = 0 … n-1,   n the size of the
 import keras
 from keras import ops
 
-from keras_hla.backend.tensors import activate, count_up, is_known, is_single_token, pad_axis
+from keras_hla.backend.tensors import (
+    activate,
+    at_least,
+    count_up,
+    is_known,
+    is_single_token,
+    pad_axis,
+    where,
+)
 from keras_hla.masking import compact, count_tokens, last_count, take
 
 
@@ -32,7 +40,7 @@ def convolve(x, kernel, activation=None, window=None, mask=None, starts=None, fu
         output = _fused(tokens, kernel, activation, window, segments)
     else:
         output = _portable(tokens, kernel, activation, window, segments)
-    return output if mask is None else take(output, ops.maximum(count_tokens(mask) - 1, 0))
+    return output if mask is None else take(output, at_least(count_tokens(mask) - 1, 0))
 
 
 def last_window(x, size, window=None, mask=None, starts=None):
@@ -47,7 +55,7 @@ def last_window(x, size, window=None, mask=None, starts=None):
     if starts is None:
         return end
     segments = _end(_row(_segments(mask, starts), size, None), size, mask)
-    return ops.where((segments == segments[:, -1:])[..., None], end, 0)
+    return where((segments == segments[:, -1:])[..., None], end, 0)
 
 
 def _portable(x, kernel, activation, window, segments):
@@ -56,7 +64,7 @@ def _portable(x, kernel, activation, window, segments):
     if segments is not None:
         of_taps = _taps(_row(segments, size, None), size)
         taps = [
-            ops.where((of_tap == segments)[..., None], tap, 0)
+            where((of_tap == segments)[..., None], tap, 0)
             for of_tap, tap in zip(of_taps, taps, strict=True)
         ]
     output = sum(kernel[i] * tap for i, tap in enumerate(taps))

@@ -3,6 +3,8 @@
 from keras import ops
 import numpy as np
 
+from keras_hla.backend.tensors import at_least, where
+
 _SMALLEST = 2.0**-126  # of float32: compilers take smaller numbers for zero
 
 
@@ -46,13 +48,13 @@ def sample(logits, uniform, inverse, top_p, top_k):
         weights = _most_likely(_weights(logits, largest, inverse), top_p)
         place = _draw(weights, uniform)[:, None]
         token = ops.take_along_axis(tokens, place, axis=-1)[:, 0]
-    return ops.where(none, -1, ops.cast(token, "int32"))
+    return where(none, -1, ops.cast(token, "int32"))
 
 
 def _weights(logits, largest, inverse):
     """`exp((logits - largest) / temperature)`: the probabilities, but for their sum."""
     first, second = inverse[0], inverse[1]
-    difference = ops.where(logits == largest, 0.0, logits * first - largest * first)
+    difference = where(logits == largest, 0.0, logits * first - largest * first)
     return ops.exp(difference * second)
 
 
@@ -60,7 +62,7 @@ def _most_likely(weights, top_p):
     """The weights, in falling order, but 0 for those not needed to reach the share `top_p`."""
     sums = ops.cumsum(weights, axis=-1)
     before = ops.pad(sums[:, :-1], ((0, 0), (1, 0)))
-    return ops.where(before < ops.maximum(top_p, _SMALLEST) * sums[:, -1:], weights, 0.0)
+    return where(before < at_least(top_p, _SMALLEST) * sums[:, -1:], weights, 0.0)
 
 
 def _draw(weights, uniform):
@@ -69,4 +71,4 @@ def _draw(weights, uniform):
     reached = possible & (sums > uniform[:, None] * sums[:, -1:])
     # By rounding, none may reach a share close to 1.
     last = ops.shape(weights)[-1] - 1 - ops.argmax(ops.flip(possible, axis=-1), axis=-1)
-    return ops.where(ops.any(reached, axis=-1), ops.argmax(reached, axis=-1), last)
+    return where(ops.any(reached, axis=-1), ops.argmax(reached, axis=-1), last)

@@ -5,6 +5,7 @@ from keras import ops
 import numpy as np
 
 from keras_hla.backend.compiling import compiled, compiled_scan
+from keras_hla.backend.tensors import at_least
 from keras_hla.checks import check_shape
 from keras_hla.streaming.model_call import ModelCall
 from keras_hla.streaming.sampling import sample
@@ -134,7 +135,7 @@ class Writer:
             uniform, inverse, top_p = entries
             token = sample(logits, uniform, inverse, top_p, top_k)
             states = dict(zip(self._names, values, strict=True))
-            logits, states = self._read_piece(ops.maximum(token, 0)[:, None], None, states)
+            logits, states = self._read_piece(at_least(token, 0)[:, None], None, states)
             return token, (logits, *(states[name] for name in self._names))
 
         return step

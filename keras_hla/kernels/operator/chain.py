@@ -75,8 +75,8 @@ def gradients(run, options, tensors, saved, results, wanted):
         launch = launches.backward(plan, pass_, state is not None, *adds, leaves)
         inputs = (query, a, b, decays, g, before, state, *spans, *earlier)
         dquery, dkey, dvalue, flow, inner, found[name] = run(launch, inputs)
-        if first is not None:  # which all devices have, and one of them gives
-            found[name] = ops.where(devices.index == 0, first, 0)
+        if first is not None and name in wanted:  # which all devices have, and one of them gives
+            found[name] = devices.of_first(first)
         found |= {"query": dquery, pass_.key: dkey}
         if dvalue is not None:
             found[pass_.value] = _add(found.get(pass_.value), dvalue)
