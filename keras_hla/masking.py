@@ -60,6 +60,13 @@ def compact(x, mask):
     return take(x, _counting_first(mask))
 
 
+def compacted_places(mask):
+    """The index of each token where the unmasked ones come first, each kind in order."""
+    count = count_tokens(mask)
+    of_masked = last_count(count) + count_up(ops.shape(mask)[1]) - count
+    return where(mask, count - 1, of_masked)
+
+
 def take(x, index):
     """The entries of `x`, `(batch, length, ...)`, at each row's indices, `(batch, n)`."""
     index = ops.reshape(index, (*ops.shape(index), *[1] * (len(x.shape) - 2)))

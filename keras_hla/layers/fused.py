@@ -11,7 +11,9 @@ from keras import ops
 from keras.src.backend import AutocastScope  # which has no public name
 
 from keras_hla.backend.compiling import is_torch_compiling
+from keras_hla.backend.tensors import count_up
 from keras_hla.inputs import arrange_log_decay
+from keras_hla.masking import compacted_places
 from keras_hla.scan import least_log_decay
 from keras_hla.stages import last_window, norm
 from keras_hla.stages.rotary import rotation_from_start
@@ -54,17 +56,29 @@ def _is_plain(dense, cell):
     return type(dense) is keras.layers.Dense and not more
 
 
-def mix(layer, sequences, starts, shard=None):
-    """The outputs of an `HLA` layer, before dropout, from its start.
+def mix(layer, sequences, starts, mask=None, shard=None):
+    """The outputs of an `HLA` layer, before dropout, from its start; of masked tokens any.
+
+    With a mask the unmasked tokens come first meanwhile: to them it is as if there were no others.
 
     Args:
         layer: the layer.
         sequences: tensor of shape `(batch, length, features)`, in the compute dtype.
         starts: boolean tensor `(batch, length)`, true where a segment starts, or `None`.
+        mask: boolean tensor `(batch, length)`, or `None`; not of a shard.
         shard: the `SequenceShard` that `sequences` is, or `None` where it is the whole.
     """
-    inputs = _inputs(layer.cell, sequences, starts, shard)
+    orders = {}
+    if mask is not None:
+        orders = _orders(mask)
+        starts = None if starts is None else starts.flatten()[orders["order"]].view(starts.shape)
+    inputs = _inputs(layer.cell, sequences, starts, shard) | orders
     return _run(layer, _record_mixer_alone, inputs, shard)
+
+
+def transform_mlp(block, sequences):
+    """What the MLP of an `HLADecoderBlock` adds to `sequences`, before dropout."""
+    return _run(block, _record_mlp_branch, {"sequences": sequences})
 
 
 def transform(block, sequences, starts, shard=None, drop=None):
@@ -76,7 +90,7 @@ def transform(block, sequences, starts, shard=None, drop=None):
     if drop is None:
         return _run(block, _record_block, inputs, shard)
     x = sequences + drop(_run(block, _record_mixer_branch, inputs, shard))
-    return x + drop(_run(block, _record_mlp_branch, {"sequences": x}))
+    return x + drop(transform_mlp(block, x))
 
 
 def _run(layer, record, inputs, shard=None):
@@ -122,6 +136,18 @@ def _inputs(cell, sequences, starts, shard, norm=None):
     return inputs
 
 
+def _orders(mask):
+    """The permutation of the tokens of all sequences, unmasked ones first, and its inverse."""
+    batch, length = mask.shape
+    inverse = compacted_places(mask) + length * count_up(batch)[:, None]
+    inverse = inverse.flatten().long()
+    indices = count_up(batch * length).long()
+    return {
+        "order": indices.new_empty(indices.shape).scatter_(0, inverse, indices),
+        "inverse": inverse,
+    }
+
+
 def take_part(cell, sequences, starts, shard):
     """Exchanges what `mix` does, for a shard without tokens.
 
@@ -158,7 +184,13 @@ def _window_and_segments(cell, sequences, starts, shard, norm=None):
 
 
 def _record_mixer_alone(recorder, layer, inputs):
-    _record_mixer(recorder, layer.cell, inputs["sequences"], inputs)
+    x = inputs["sequences"]
+    if "order" not in inputs:
+        _record_mixer(recorder, layer.cell, x, inputs)
+        return
+    order, inverse = inputs["order"], inputs["inverse"]
+    output = _record_mixer(recorder, layer.cell, recorder.permute(x, order, inverse), inputs)
+    recorder.permute(output, inverse, order)
 
 
 def _record_block(recorder, block, inputs):

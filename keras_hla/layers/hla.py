@@ -15,7 +15,7 @@ from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.hla_cell import HLACell
 from keras_hla.layers.hla_checks import check_call, check_settings, check_split
 from keras_hla.layers.masked_outputs import at_masked, outputs_around
-from keras_hla.layers.mixing import mix
+from keras_hla.layers.mixing import is_rematerialized, mix
 from keras_hla.layers.options import HLAOptions
 from keras_hla.layers.own_parameters import check_own_parameters
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
@@ -309,7 +309,6 @@ class HLA(CompositeLayer):
         initial_state: State | None = None,
         mask: Tensor | None = None,
         segmented: bool = False,
-        others: Any = (),
     ) -> str | None:
         """Why the stages of the layer are not one function, in words, or `None` if they are.
 
@@ -320,7 +319,6 @@ class HLA(CompositeLayer):
             initial_state: As in a call.
             mask: As in a call.
             segmented: Whether the call has `segment_ids`.
-            others: Projections that are to be computed together with the layer.
         """
         choice = self.implementation_for(sequences, segmented)
         if choice.implementation != "triton":
@@ -328,23 +326,12 @@ class HLA(CompositeLayer):
         stateful = self.stateful or current_state_scope() is not None
         if initial_state is not None or self.return_state or stateful:
             return "there are states before or after the sequence"
-        if mask is not None:
-            return "there is a mask"
-        if self.context_parallel is None and self._is_rematerialized(sequences):
+        if mask is not None and self.context_parallel is not None:
+            return "several devices hold masked tokens"
+        long = sequences is not None and is_rematerialized(self, sequences)
+        if long and self.context_parallel is None:
             return "the sequence is longer than `remat_length`"
-        return fused_layers.why_not_fused(self.cell, [*self.cell.denses(), *others])
-
-    def why_block_not_fused(self, sequences: Tensor) -> str | None:
-        """Why a block evaluates its mixer by itself, where that is one function, or `None`."""
-        if self.context_parallel is None:
-            return None
-        if self._is_rematerialized(sequences):
-            return "the shard is longer than `remat_length`"
-        return None if sequences.shape[1] else "the shard has no tokens"
-
-    def _is_rematerialized(self, sequences):
-        length = 0 if sequences is None else sequences.shape[1]
-        return self.remat_length is not None and length > self.remat_length
+        return fused_layers.why_not_fused(self.cell, self.cell.denses())
 
     def starts_and_shard(self, sequences: Tensor, segment_ids: Tensor) -> Any:
         """Where the segments of a call without a mask start, once that is checked, or `None`;

@@ -22,6 +22,7 @@ from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.feature_map import get_activation, serialize_activation
 from keras_hla.layers.hla import HLA
 from keras_hla.layers.hla_cell import HLACell
+from keras_hla.layers.mixing import is_rematerialized
 from keras_hla.layers.options import BlockOptions
 from keras_hla.layers.own_parameters import check_own_parameters
 from keras_hla.layers.redrawn_dropout import warn_of_redrawn_dropout
@@ -203,20 +204,37 @@ class HLADecoderBlock(CompositeLayer):
         )
         mixed, *states = mixed if self.mixer.return_state else (mixed,)
         output = sequences + mixed
-        hidden = self.mlp_norm.normalize(output, fused)
+        warn_of_redrawn_dropout(self, self.cell, training)
+        output = output + self.cell.drop(self._transform_mlp(output, fused), training)
+        return (output, *states) if states else output
+
+    def _transform_mlp(self, x, fused):
+        """What the MLP adds to `x`, before dropout."""
+        if fused and not self._why_mlp_not_fused():
+            return fused_layers.transform_mlp(self, x)
+        hidden = self.mlp_norm.normalize(x, fused)
         gates = self.gate_dense(hidden)
         hidden = stages.gate(self.up_dense(hidden), gates, self.activation, fused)
-        warn_of_redrawn_dropout(self, self.cell, training)
-        output = output + self.cell.drop(self.down_dense(hidden), training)
-        return (output, *states) if states else output
+        return self.down_dense(hidden)
 
     def _why_not_fused(self, sequences, initial_state, mask, segmented):
         """As `HLA.why_not_fused`, of the whole block."""
+        mixer = self.mixer
+        if mask is not None:
+            return "there is a mask"
+        if mixer.context_parallel is not None:
+            if is_rematerialized(mixer, sequences):
+                return "the shard is longer than `remat_length`"
+            if sequences.shape[1] == 0:
+                return "the shard has no tokens"
+        reason = mixer.why_not_fused(sequences, initial_state, mask, segmented)
+        return reason or self._why_mlp_not_fused()
+
+    def _why_mlp_not_fused(self):
         if self.activation is not keras.activations.silu:
             return "`activation` is not 'silu'"
-        others = self.gate_dense, self.up_dense, self.down_dense
-        reason = self.mixer.why_not_fused(sequences, initial_state, mask, segmented, others)
-        return reason or self.mixer.why_block_not_fused(sequences)
+        denses = self.gate_dense, self.up_dense, self.down_dense
+        return fused_layers.why_not_fused(self.cell, denses)
 
     def compute_mask(self, sequences: Tensor, previous_mask: Tensor | None = None) -> Any:
         return self.mixer.compute_mask(sequences, previous_mask)

@@ -25,17 +25,22 @@ def mix(layer, states, sequences, mask, starts, return_state, shard=None):
         return_state: whether the states after the tokens are wanted.
         shard: the `SequenceShard` that `sequences` is, or `None` where it is the whole.
     """
-    length, longest = sequences.shape[1], layer.remat_length
     inputs, weights = {"sequences": sequences, "mask": mask, "starts": starts}, layer.cell.weights
     part = functools.partial(_mix_part, layer)
     whole = functools.partial(part, return_state=return_state, shard=shard)
-    if not layer.causal or not is_known(length) or longest is None or length <= longest:
+    if not is_rematerialized(layer, sequences):
         return whole(states, **inputs)
     if shard is not None:  # each pass is of all devices, so that there is no cutting it
         return recomputed(whole, weights, shard.devices)(states, **inputs)
     if states is None:
         states = layer.get_initial_state(ops.shape(sequences)[0])
-    return scan_rematerialized(part, states, inputs, longest, weights)
+    return scan_rematerialized(part, states, inputs, layer.remat_length, weights)
+
+
+def is_rematerialized(layer, sequences):
+    """Whether sequences are longer than the `remat_length` of the layer."""
+    length, longest = sequences.shape[1], layer.remat_length
+    return layer.causal and longest is not None and is_known(length) and length > longest
 
 
 def _mix_part(layer, states, sequences, mask=None, starts=None, return_state=True, shard=None):
@@ -48,7 +53,7 @@ def _mix_part(layer, states, sequences, mask=None, starts=None, return_state=Tru
     if alone and layer.why_not_fused(sequences, states, mask, segmented) is None:
         sequences = ops.cast(sequences, layer.compute_dtype)
         if devices is None or sequences.shape[1] > 0:
-            return fused_layers.mix(layer, sequences, starts, shard), ()
+            return fused_layers.mix(layer, sequences, starts, mask, shard), ()
         zero, shard = fused_layers.take_part(cell, sequences, starts, shard), None
     memory, context = (None, {}) if states is None else cell.split_states(states)
     (query, key, value, log_decay), context = cell.project(

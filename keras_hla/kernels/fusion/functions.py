@@ -97,6 +97,23 @@ def _add_gradients(run, options, tensors, saved, results, wanted):
 ADD = TensorFunction(_add, _add_gradients, reads=())
 
 
+def _permute(run, options, tensors, save):
+    return (_rows(tensors["x"], tensors["order"]),), ()
+
+
+def _permute_gradients(run, options, tensors, saved, results, wanted):
+    return {"x": _rows(results[0], tensors["inverse"])}
+
+
+def _rows(x, index):
+    return x.reshape(-1, x.shape[-1]).index_select(0, index).view(x.shape)
+
+
+#: The tokens of all sequences in another order. Tensors: `x`, and the permutation of the indices of
+#: all tokens with its inverse.
+PERMUTE = TensorFunction(_permute, _permute_gradients, reads=("inverse",))
+
+
 def _concatenate(run, options, tensors, save):
     return (torch.cat([tensors["before"], tensors["x"]], dim=1),), ()
 

@@ -60,6 +60,11 @@ class Recorder:
         (result,) = self._note(functions.PROJECT_TOGETHER, read, (len(denses),))
         return result
 
+    def permute(self, x, order, inverse):
+        """The tokens of all sequences in another order."""
+        (result,) = self._note(functions.PERMUTE, {"x": x, "order": order, "inverse": inverse})
+        return result
+
     def concatenate(self, before, x):
         """The tokens of both, along the length."""
         (result,) = self._note(functions.CONCATENATE, {"before": before, "x": x})
