@@ -9,6 +9,7 @@ from test_stages import by_kernels
 import torch
 
 from keras_hla import layers
+from keras_hla.layers import fused
 
 FORWARD, GRADIENT = 1e-5, 1e-4
 LENGTH, FEATURES = 21, 10
@@ -75,6 +76,34 @@ def test_block_that_drops(rng):
 
         (output,), gradients = value_and_gradients(function, arrays)
         found.append([output, *gradients])
+    for a, e in zip(*found, strict=True):
+        assert relative_error(a, e) <= GRADIENT
+
+
+@by_kernels
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"operator": "hla3", "use_bias": True, "decay": None}])
+def test_parts_of_a_long_sequence(rng, monkeypatch, options, packed):
+    """They are one function each, and with their states between them the whole."""
+    options = {"num_key_value_heads": 2, "conv_kernel_size": 3, "output_gate": "silu", **options}
+    x = rng.standard_normal((2, LENGTH, FEATURES)).astype("float32")
+    _, segments = draw_tokens(rng, "packed")
+    arguments = {"segment_ids": ops.convert_to_tensor(segments)} if packed else {}
+    arrays, found, calls, mix = [x], [], [], fused.mix_with_states
+    monkeypatch.setattr(fused, "mix_with_states", lambda *a: calls.append(a) or mix(*a))
+    for longest, implementation in ((None, "portable"), (8, "triton")):
+        layer = layers.HLA(4, 6, remat_length=longest, implementation=implementation, **options)
+        layer.build(x.shape)
+        if not calls and len(arrays) == 1:
+            arrays += [0.4 * rng.standard_normal(w.shape) for w in layer.trainable_weights]
+
+        def function(x, *weights, layer=layer):
+            output, _ = layer.stateless_call(weights, [], x, **arguments)
+            return ops.sum(output**2), [output]
+
+        (output,), gradients = value_and_gradients(function, arrays)
+        found.append([output, *gradients])
+    assert len(calls) == 2 * 3
     for a, e in zip(*found, strict=True):
         assert relative_error(a, e) <= GRADIENT
 

@@ -14,6 +14,8 @@ OPTIONS = {"qk_norm": True, "output_gate": "silu", "decay": "input", "conv_kerne
 LAYERS = {
     "block by kernels": (layers.HLADecoderBlock, {"implementation": "triton"}),
     "layer by kernels": (layers.HLA, {"implementation": "triton", **OPTIONS}),
+    "states by kernels": (layers.HLA, {"implementation": "triton", "return_state": True}),
+    "parts by kernels": (layers.HLA, {"implementation": "triton", "remat_length": 20}),
     "layer": (layers.HLA, {"implementation": "portable", **OPTIONS}),
     "ridge": (layers.HLA, {"ridge": 0.1, "feature_map": "softplus", "decay": "learned"}),
     "normalize": (layers.HLA, {"operator": "hla3", "normalize": True, "feature_map": "elu"}),

@@ -109,11 +109,11 @@ def test_a_layer_is_one_function_or_tells_why_not(rng):
 
     assert why_not() is why_not("float32", conv_kernel_size=3, qk_norm=True) is None
     assert why_not(mask=keras.ops.ones((1, 20), "bool")) is None
-    assert "states" in why_not(return_state=True)
+    assert why_not(return_state=True) is why_not(remat_length=8) is None
+    assert "a mask and states" in why_not(mask=keras.ops.ones((1, 20), "bool"), return_state=True)
     assert "a feature map" in why_not(feature_map="relu")
     assert "not 'silu'" in why_not(output_gate="sigmoid")
     assert "float16" in why_not("mixed_float16")
-    assert "remat_length" in why_not(remat_length=8)
     of_query = {".*query": keras.DTypePolicy("float32")}
     policy = keras.dtype_policies.DTypePolicyMap("mixed_bfloat16", of_query)
     assert "query" in why_not(policy)

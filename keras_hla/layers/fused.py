@@ -11,7 +11,7 @@ from keras import ops
 from keras.src.backend import AutocastScope  # which has no public name
 
 from keras_hla.backend.compiling import is_torch_compiling
-from keras_hla.backend.tensors import count_up
+from keras_hla.backend.tensors import count_up, pad_axis, where
 from keras_hla.inputs import arrange_log_decay
 from keras_hla.masking import compacted_places
 from keras_hla.scan import least_log_decay
@@ -73,12 +73,34 @@ def mix(layer, sequences, starts, mask=None, shard=None):
         orders = _orders(mask)
         starts = None if starts is None else starts.flatten()[orders["order"]].view(starts.shape)
     inputs = _inputs(layer.cell, sequences, starts, shard) | orders
-    return _run(layer, _record_mixer_alone, inputs, shard)
+    return _run(layer, _record_mixer_alone, inputs, shard)[0]
+
+
+def mix_with_states(layer, states, sequences, starts):
+    """As `mix`, from the list of states before the tokens; and the list of states after them."""
+    from keras_hla.kernels.fusion import state_from_kernel, state_to_kernel
+
+    cell = layer.cell
+    memory, context = cell.split_states(states)
+    angles = None
+    if cell.rope_max_wavelength is not None:
+        angles, position = cell.angles(sequences, context["position"], None, True, None)
+    inputs = _inputs(cell, sequences, starts, window=context.get("window"), angles=angles)
+    inputs |= {f"state {i}": state_to_kernel(x, cell.num_heads) for i, x in enumerate(memory)}
+    output, *after = _run(layer, _record_mixer_with_states, inputs)
+    for i in range(len(memory)):
+        after[i] = state_from_kernel(after[i], cell.num_heads, cell.state_size[i][0])
+    if cell.conv_kernel_size is not None:
+        if starts is not None:
+            segments = inputs["segments"][:, 1 - cell.conv_kernel_size :]
+            after[-1] = where((segments == segments[:, -1:])[..., None], after[-1], 0)
+        after[-1] = ops.cast(after[-1], cell.state_dtype)
+    return output, after if angles is None else [*after, position]
 
 
 def transform_mlp(block, sequences):
     """What the MLP of an `HLADecoderBlock` adds to `sequences`, before dropout."""
-    return _run(block, _record_mlp_branch, {"sequences": sequences})
+    return _run(block, _record_mlp_branch, {"sequences": sequences})[0]
 
 
 def transform(block, sequences, starts, shard=None, drop=None):
@@ -88,8 +110,8 @@ def transform(block, sequences, starts, shard=None, drop=None):
     """
     inputs = _inputs(block.cell, sequences, starts, shard, block.mixer_norm)
     if drop is None:
-        return _run(block, _record_block, inputs, shard)
-    x = sequences + drop(_run(block, _record_mixer_branch, inputs, shard))
+        return _run(block, _record_block, inputs, shard)[0]
+    x = sequences + drop(_run(block, _record_mixer_branch, inputs, shard)[0])
     return x + drop(transform_mlp(block, x))
 
 
@@ -107,24 +129,30 @@ def _program(layer, record, names):
     from keras_hla.kernels.fusion import Recorder
 
     recorder = Recorder()
-    record(recorder, layer, {x: recorder.input(x, constant=x in ("cos", "sin")) for x in names})
-    return recorder.program()
+    inputs = {x: recorder.input(x, constant=x in ("cos", "sin")) for x in names}
+    return recorder.program(record(recorder, layer, inputs))
 
 
-def _inputs(cell, sequences, starts, shard, norm=None):
+def _inputs(cell, sequences, starts, shard=None, norm=None, window=None, angles=None):
     """The inputs of a program by name, the sequences first.
 
     Args:
         norm: what a block applies to the sequences before the projections, or `None`.
+        window: the projected tokens before them, or `None`.
+        angles: the cosines and sines of their positions, or `None`.
     """
     inputs, length = {"sequences": sequences}, sequences.shape[1]
     if cell.conv_kernel_size is not None:
         inputs |= _window_and_segments(cell, sequences, starts, shard, norm)
+        if window is not None:
+            inputs["projected window"] = ops.cast(window, sequences.dtype)
+            if starts is not None:  # zeros are of any segment
+                inputs["segments"] = pad_axis(inputs["segments"], cell.conv_kernel_size - 1, 0, 1)
     if cell.rope_max_wavelength is not None:
-        if shard is None:
-            angles = rotation_from_start(length, cell.turns, cell.state_dtype)
-        else:
+        if shard is not None:
             angles, _ = cell.angles(sequences, None, None, False, shard)
+        elif angles is None:
+            angles = rotation_from_start(length, cell.turns, cell.state_dtype)
         inputs["cos"], inputs["sin"] = angles
     if cell.decay == "input":
         inputs |= {} if starts is None else {"starts": starts}
@@ -186,38 +214,52 @@ def _window_and_segments(cell, sequences, starts, shard, norm=None):
 def _record_mixer_alone(recorder, layer, inputs):
     x = inputs["sequences"]
     if "order" not in inputs:
-        _record_mixer(recorder, layer.cell, x, inputs)
-        return
+        output, _ = _record_mixer(recorder, layer.cell, x, inputs)
+        return (output,)
     order, inverse = inputs["order"], inputs["inverse"]
-    output = _record_mixer(recorder, layer.cell, recorder.permute(x, order, inverse), inputs)
-    recorder.permute(output, inverse, order)
+    output, _ = _record_mixer(recorder, layer.cell, recorder.permute(x, order, inverse), inputs)
+    return (recorder.permute(output, inverse, order),)
+
+
+def _record_mixer_with_states(recorder, layer, inputs):
+    output, after = _record_mixer(recorder, layer.cell, inputs["sequences"], inputs)
+    return output, *after
 
 
 def _record_block(recorder, block, inputs):
     """Notes the stages of a block."""
-    x = recorder.add(inputs["sequences"], _record_mixer_branch(recorder, block, inputs))
-    recorder.add(x, _record_mlp_branch(recorder, block, {"sequences": x}))
+    x = recorder.add(inputs["sequences"], *_record_mixer_branch(recorder, block, inputs))
+    return (recorder.add(x, *_record_mlp_branch(recorder, block, {"sequences": x})),)
 
 
 def _record_mixer_branch(recorder, block, inputs):
     x = recorder.rms_norm(inputs["sequences"], block.mixer_norm)
-    return _record_mixer(recorder, block.cell, x, inputs)
+    output, _ = _record_mixer(recorder, block.cell, x, inputs)
+    return (output,)
 
 
 def _record_mlp_branch(recorder, block, inputs):
     x, size = recorder.rms_norm(inputs["sequences"], block.mlp_norm), (block.gate_dense.units,)
     gates, hidden = recorder.project(x, (block.gate_dense, size), (block.up_dense, size))
     hidden = recorder.gate(hidden, gates)
-    (output,) = recorder.project(hidden, (block.down_dense, (block.down_dense.units,)))
-    return output
+    return recorder.project(hidden, (block.down_dense, (block.down_dense.units,)))
 
 
 def _record_mixer(recorder, cell, x, inputs):
-    """Notes what an `HLA` layer makes of `x`, and returns what stands for the result."""
+    """Notes what an `HLA` layer makes of `x`.
+
+    Returns what stands for the output; and, if there are states, for those of the operator and the
+    projected tokens that a convolution reads after them.
+    """
     read, past = x, 0
+    after: tuple = ()
     if "window" in inputs:
         read, past = recorder.concatenate(inputs["window"], x), cell.conv_kernel_size - 1
     joint = recorder.project_together(read, cell.query_dense, cell.key_dense, cell.value_dense)
+    if "projected window" in inputs:
+        past = cell.conv_kernel_size - 1
+        joint = recorder.concatenate(inputs["projected window"], joint)
+        after = (recorder.last_tokens(joint, past),)
     angles = (inputs["cos"], inputs["sin"]) if "cos" in inputs else None
     query, key, value = recorder.operands(
         joint,
@@ -239,11 +281,12 @@ def _record_mixer(recorder, cell, x, inputs):
         log_decay = recorder.log_decay(x, cell.log_decay.logit_dense, least, inputs.get("starts"))
     else:
         log_decay = inputs.get("log_decay")
-    output = recorder.attend(cell.operator, query, key, value, log_decay)
+    states = [number for name, number in inputs.items() if name.startswith("state ")]
+    output, states = recorder.attend(cell.operator, query, key, value, log_decay, states)
     if cell.output_norm:
         output = recorder.rms_norm(output, cell.norm, recompute=True)
     if cell.output_gate is not None:
         (gates,) = recorder.project(x, (cell.gate_dense, (cell.num_heads, cell.value_dim)))
         output = recorder.gate(output, gates)
     (output,) = recorder.project(output, (cell.output_dense, (cell.output_size,)))
-    return output
+    return output, (*states, *after)

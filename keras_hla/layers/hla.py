@@ -323,14 +323,16 @@ class HLA(CompositeLayer):
         choice = self.implementation_for(sequences, segmented)
         if choice.implementation != "triton":
             return choice.reason
-        stateful = self.stateful or current_state_scope() is not None
-        if initial_state is not None or self.return_state or stateful:
-            return "there are states before or after the sequence"
+        if current_state_scope() is not None:
+            return "the model streams"
+        states = initial_state is not None or self.return_state or self.stateful
+        if states and self.context_parallel is not None:
+            return "several devices hold a sequence with states"
         if mask is not None and self.context_parallel is not None:
             return "several devices hold masked tokens"
         long = sequences is not None and is_rematerialized(self, sequences)
-        if long and self.context_parallel is None:
-            return "the sequence is longer than `remat_length`"
+        if mask is not None and (states or long):
+            return "there are a mask and states, if only between the parts of a long sequence"
         return fused_layers.why_not_fused(self.cell, self.cell.denses())
 
     def starts_and_shard(self, sequences: Tensor, segment_ids: Tensor) -> Any:

@@ -222,11 +222,12 @@ class HLADecoderBlock(CompositeLayer):
         mixer = self.mixer
         if mask is not None:
             return "there is a mask"
-        if mixer.context_parallel is not None:
-            if is_rematerialized(mixer, sequences):
-                return "the shard is longer than `remat_length`"
-            if sequences.shape[1] == 0:
-                return "the shard has no tokens"
+        if initial_state is not None or mixer.return_state or mixer.stateful:
+            return "there are states before or after the sequence"
+        if is_rematerialized(mixer, sequences):
+            return "the sequence is longer than `remat_length`"
+        if mixer.context_parallel is not None and sequences.shape[1] == 0:
+            return "the shard has no tokens"
         reason = mixer.why_not_fused(sequences, initial_state, mask, segmented)
         return reason or self._why_mlp_not_fused()
 

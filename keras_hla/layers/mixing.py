@@ -49,9 +49,13 @@ def _mix_part(layer, states, sequences, mask=None, starts=None, return_state=Tru
     implementation, _ = layer.implementation_for(sequences, segmented)
     fused, zero = stages.are_fused(implementation), None
     devices = None if shard is None else shard.devices
-    alone = fused and not return_state
-    if alone and layer.why_not_fused(sequences, states, mask, segmented) is None:
+    if fused and layer.why_not_fused(sequences, states, mask, segmented) is None:
         sequences = ops.cast(sequences, layer.compute_dtype)
+        if return_state or states is not None:
+            if states is None:
+                states = layer.get_initial_state(ops.shape(sequences)[0])
+            output, states = fused_layers.mix_with_states(layer, states, sequences, starts)
+            return output, tuple(states) if return_state else ()
         if devices is None or sequences.shape[1] > 0:
             return fused_layers.mix(layer, sequences, starts, mask, shard), ()
         zero, shard = fused_layers.take_part(cell, sequences, starts, shard), None

@@ -129,6 +129,20 @@ def _concatenate_gradients(run, options, tensors, saved, results, wanted):
 CONCATENATE = TensorFunction(_concatenate, _concatenate_gradients, reads=("before",))
 
 
+def _last_tokens(run, options, tensors, save):
+    return (tensors["x"][:, -options[0] :].contiguous(),), ()
+
+
+def _last_tokens_gradients(run, options, tensors, saved, results, wanted):
+    gradient = torch.zeros_like(tensors["x"])
+    gradient[:, -options[0] :] = results[0]
+    return {"x": gradient}
+
+
+#: Options: how many of the last tokens of `x`.
+LAST_TOKENS = TensorFunction(_last_tokens, _last_tokens_gradients)
+
+
 def _scale(run, options, tensors, save):
     return (tensors["x"] * options[0],), ()
 

@@ -31,30 +31,31 @@ class Stage(NamedTuple):
 
 
 class Program:
-    """Evaluates stages in order, and gives the one result of the last, differentiably.
+    """Evaluates stages in order, and gives some of their results, differentiably.
 
     Args:
         stages: tuple of `Stage`s.
+        results: tuple of the numbers of the results.
         variables: dictionary of the `keras.Variable`s that they read, by number.
         inputs: dictionary of the numbers of the other tensors that they read, by name. The first
             is the sequences.
         constants: the numbers of those inputs that are the same tensors from call to call.
     """
 
-    def __init__(self, stages, variables, inputs, constants=()):
+    def __init__(self, stages, results, variables, inputs, constants=()):
         self.stages = stages
-        self.result = stages[-1].results[0]
+        self.results = results
         self.sequences = next(iter(inputs.values()))
         self.changing_inputs = frozenset(inputs.values()).difference(constants)
         self._variables = variables
         self._inputs = inputs
         self._makers = {number: stage for stage in stages for number in stage.results}
-        self._of_stages = _lives(stages)
+        self._of_stages = _lives(stages, results)
         self._needed = functools.cache(self._find_needed)
         self._recordings = Recordings()
 
     def __call__(self, devices=None, **inputs):
-        """The result for the inputs.
+        """The tuple of the results for the inputs.
 
         Args:
             devices: the devices that hold shards of the sequence, or `None`.
@@ -65,18 +66,18 @@ class Program:
         wanted = tuple(number for number, x in tensors.items() if x.requires_grad)
         wanted = wanted if torch.is_grad_enabled() else ()
         recording = None
-        if devices is None:  # as graphs hold no collectives
+        if devices is None and len(self.results) == 1:  # as graphs hold no collectives
             recording = self._recordings.find(self, tensors, wanted)
         if recording is not None:
             values = tuple(tensors.values())
-            return Replayed.apply(recording, *values) if wanted else recording(values)
+            return (Replayed.apply(recording, *values) if wanted else recording(values),)
         if wanted:
             return _Fused.apply(self, devices, tuple(tensors), *tensors.values())
         tensors = {number: as_kernels_take_it(x) for number, x in tensors.items()}
         return self.evaluate(tensors, False, devices)[0]
 
     def evaluate(self, tensors, save, devices=None):
-        """The result, and if `save` the values that gradients read and what stages save."""
+        """The results, and if `save` the values that gradients read and what stages save."""
         values, kept, saved = dict(tensors), {}, []
         for stage, (dropped, is_kept) in zip(self.stages, self._of_stages, strict=True):
             own = _evaluate(stage, values, save, devices)
@@ -86,19 +87,20 @@ class Program:
                     kept[number] = values[number]
             for number in dropped:
                 values.pop(number, None)
-        return values[self.result], kept, saved
+        return tuple(values[number] for number in self.results), kept, saved
 
-    def gradients(self, values, saved, gradient, wanted, devices=None):
+    def gradients(self, values, saved, gradients, wanted, devices=None):
         """The gradients of the wanted tensors, by number.
 
         Args:
             values: dictionary of the tensors, and of what `evaluate` kept.
             saved: as `evaluate` returns it.
-            gradient: gradient of the result.
+            gradients: those of the results, or `None`.
             wanted: tuple of numbers.
             devices: those of the call.
         """
-        found = {self.result: gradient}
+        pairs = zip(self.results, gradients, strict=True)
+        found = {number: x for number, x in pairs if x is not None}
         for stage, own, arguments in zip(
             reversed(self.stages), reversed(saved), self._needed(wanted), strict=True
         ):
@@ -144,22 +146,23 @@ class _Fused(torch.autograd.Function):
     def forward(ctx, program, devices, numbers, *tensors):
         tensors = tuple(map(as_kernels_take_it, tensors))
         values = dict(zip(numbers, tensors, strict=True))
-        result, kept, saved = program.evaluate(values, True, devices)
+        results, kept, saved = program.evaluate(values, True, devices)
         ctx.program, ctx.devices, ctx.numbers, ctx.kept = program, devices, numbers, tuple(kept)
         ctx.counts = [len(x) for x in saved]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *kept.values(), *(x for some in saved for x in some))
-        return result
+        return results
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, *gradients):
         if torch.is_grad_enabled():  # with `create_graph=True`
             refuse_second_gradients()
         tensors = iter(ctx.saved_tensors)
         values = {number: next(tensors) for number in (*ctx.numbers, *ctx.kept)}
         saved = [tuple(next(tensors) for _ in range(count)) for count in ctx.counts]
         wanted = tuple(x for x, n in zip(ctx.numbers, ctx.needs_input_grad[3:], strict=True) if n)
-        gradient = as_kernels_take_it(gradient)
-        found = ctx.program.gradients(values, saved, gradient, wanted, ctx.devices)
+        gradients = tuple(x if x is None else as_kernels_take_it(x) for x in gradients)
+        found = ctx.program.gradients(values, saved, gradients, wanted, ctx.devices)
         return None, None, None, *map(found.get, ctx.numbers)
 
 
@@ -181,14 +184,14 @@ def _read(stage):
     return [number for name, number in stage.tensors if reads is None or name in reads]
 
 
-def _lives(stages):
-    """For each stage, the values that no later stage reads, and its results that are kept."""
+def _lives(stages, results):
+    """For each stage, the values that nothing later reads, and its results that are kept."""
     read = {number for stage in stages for number in _read(stage)}
     for stage in reversed(stages):
         if stage.recompute and read.intersection(stage.results):
             read.update(number for _, number in stage.tensors)
     last = {number: i for i, stage in enumerate(stages) for _, number in stage.tensors}
-    made = {number for stage in stages for number in stage.results}
+    made = {number for stage in stages for number in stage.results}.difference(results)
     return [
         (
             tuple(number for number in made if last.get(number) == i),

@@ -39,9 +39,10 @@ class Recorder:
         self._variables[number] = x
         return number
 
-    def program(self):
-        """The `Program` of all stages, whose result is that of the last."""
-        return Program(tuple(self._stages), self._variables, self._inputs, self._constants)
+    def program(self, results):
+        """The `Program` of all stages, which gives the results that these numbers stand for."""
+        stages = tuple(self._stages)
+        return Program(stages, tuple(results), self._variables, self._inputs, self._constants)
 
     def project(self, x, *projections):
         """The products of `x` with the weights of `Dense` layers.
@@ -68,6 +69,10 @@ class Recorder:
     def concatenate(self, before, x):
         """The tokens of both, along the length."""
         (result,) = self._note(functions.CONCATENATE, {"before": before, "x": x})
+        return result
+
+    def last_tokens(self, x, count):
+        (result,) = self._note(functions.LAST_TOKENS, {"x": x}, (count,))
         return result
 
     def operands(
@@ -116,11 +121,13 @@ class Recorder:
         (result,) = self._note(functions.LOG_DECAY, read, (least,))
         return result
 
-    def attend(self, operator, query, key, value, log_decay):
-        """The output of an operator, from zero states."""
+    def attend(self, operator, query, key, value, log_decay, states=()):
+        """The output of an operator, and the tuple of the states after it if it is given states."""
         read = {"query": query, "key": key, "value": value, "log_decay": log_decay}
-        (result,) = self._note(ATTENTION, read, (passes_of(operator), False, DEVICES))
-        return result
+        read |= {f"state {i}": state for i, state in enumerate(states)}
+        options = passes_of(operator), bool(states), DEVICES
+        output, *after = self._note(ATTENTION, read, options, count=1 + len(states))
+        return output, tuple(after)
 
     def gate(self, x, gates):
         (result,) = self._note(GATE, {"x": x, "gates": gates}, recompute=True)

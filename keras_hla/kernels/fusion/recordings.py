@@ -76,23 +76,23 @@ class Recording:
         tensors = {n: x.detach() for n, x in tensors.items()} | self._inputs
 
         # Once without a graph, which compiles the kernels.
-        output, kept, saved = program.evaluate(tensors, bool(wanted))
+        (output,), kept, saved = program.evaluate(tensors, bool(wanted))
         # Holds the output, later its gradient: each is read before the other is written.
         self._result = self._pool.buffer(output.shape, output.dtype).zero_()
         if wanted:
-            found = program.gradients({**tensors, **kept}, saved, self._result, wanted)
+            found = program.gradients({**tensors, **kept}, saved, (self._result,), wanted)
             self._found = _Gradients(self._pool, found, changing)
         del output, kept, saved
 
         def evaluate():
-            output, *rest = program.evaluate(tensors, bool(wanted))
+            (output,), *rest = program.evaluate(tensors, bool(wanted))
             self._result.copy_(output)
             return rest
 
         def find_gradients():
             kept, saved = self._kept
             values = {**tensors, **kept}
-            self._found.store(program.gradients(values, saved, self._result, wanted))
+            self._found.store(program.gradients(values, saved, (self._result,), wanted))
 
         # What gradients read is held, so that no graph has it overwritten by another's values.
         self._forward, self._kept = self._pool.record(evaluate)

@@ -54,7 +54,8 @@ class _Differentiable(torch.autograd.Function):
             refuse_second_gradients()
         function, options, names = ctx.call
         wanted = [x for x, n in zip(names, ctx.needs_input_grad[3:], strict=True) if n]
-        tensors, saved = ctx.saved_tensors[: len(names)], ctx.saved_tensors[len(names) :]
+        found = ctx.saved_tensors  # once, as `torch.utils.checkpoint` allows
+        tensors, saved = found[: len(names)], found[len(names) :]
         tensors = dict(zip(names, tensors, strict=True))
         gradients = tuple(x if x is None else as_kernels_take_it(x) for x in gradients)
         found = function.gradients(run, options, tensors, saved, gradients, wanted)
@@ -110,7 +111,8 @@ def register(function):
 
     def backward(ctx, gradients):
         options, names, _, count = _parse(ctx.description)
-        tensors, saved = ctx.saved_tensors[: len(names)], ctx.saved_tensors[len(names) :]
+        found = ctx.saved_tensors
+        tensors, saved = found[: len(names)], found[len(names) :]
         gradients = gradients[:count]
         given = tuple(x is not None for x in gradients)
         description = repr((options, names, ctx.wanted, given))

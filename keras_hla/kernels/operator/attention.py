@@ -27,7 +27,7 @@ def attention(operator, inputs, state, return_state=True, devices=None):
     if log_decay is not None and 1 < log_decay.shape[2] < query.shape[2]:
         log_decay = ops.repeat(log_decay, query.shape[2] // log_decay.shape[2], axis=2)
     heads, dim = query.shape[2:]
-    states = {f"state {i}": _to_kernel(x, heads) for i, x in enumerate(state or ())}
+    states = {f"state {i}": state_to_kernel(x, heads) for i, x in enumerate(state or ())}
     passes = tuple(tuple(x) for x in passes_of(operator))
     output, *last = ATTENTION(
         (passes, return_state, devices and devices.kept),
@@ -40,7 +40,7 @@ def attention(operator, inputs, state, return_state=True, devices=None):
     if not return_state:
         return output, None
     shapes = operator.state_shapes(inputs.moments, heads, dim, value.shape[-1])
-    last = [_from_kernel(x, heads, shape[0]) for x, shape in zip(last, shapes, strict=True)]
+    last = [state_from_kernel(x, heads, shape[0]) for x, shape in zip(last, shapes, strict=True)]
     return output, last
 
 
@@ -49,12 +49,12 @@ def _with_a_token(x):
     return ops.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (len(x.shape) - 2))
 
 
-def _to_kernel(x, heads):
+def state_to_kernel(x, heads):
     """From `(batch, heads, rows, columns)` to a transposed one for each query head."""
     x = ops.repeat(x, heads // x.shape[1], axis=1) if x.shape[1] < heads else x
     return ops.swapaxes(x, -1, -2)[:, :, None]
 
 
-def _from_kernel(x, heads, count):
-    """Undoes `_to_kernel`, for `count` heads."""
+def state_from_kernel(x, heads, count):
+    """Undoes `state_to_kernel`, for `count` heads."""
     return ops.swapaxes(x[:, :: heads // count, 0], -1, -2)
