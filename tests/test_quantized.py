@@ -1,6 +1,7 @@
 """Quantized models come back from their files as they were; policies that layers refuse."""
 
 import gc
+import weakref
 
 from backends import relative_error
 import keras
@@ -10,6 +11,7 @@ import pytest
 
 from keras_hla import layers
 from keras_hla.hub import HLABackbone, HLACausalLM
+from keras_hla.layers.quantized import QuantizedDTypePolicyMap
 
 MODES = {
     "int8": {"mode": "int8"},
@@ -148,3 +150,19 @@ def test_quantized_policies_are_refused(kind):
         kind(2, 4, dtype="int8_from_float32")
     with pytest.raises(ValueError, match=r"Argument `dtype_policy` must be.*quantize`.*int8_from"):
         kind(2, 4).dtype_policy = "int8_from_float32"
+
+
+def test_what_is_saved_is_not_freed(monkeypatch):
+    """Keras takes an object at the address of another that it has saved for the same object."""
+    layer, saved = layers.HLA(2, 8), []
+    layer.build((None, None, 16))
+    layer.cell.query_dense.quantize("int8")
+    serialize = keras.dtype_policies.serialize
+    monkeypatch.setattr(
+        keras.dtype_policies, "serialize", lambda x: saved.append(weakref.ref(x)) or serialize(x)
+    )
+    first, second = layer.get_config(), layer.get_config()
+    assert first == second
+    policies = [x() for x in saved if isinstance(x(), QuantizedDTypePolicyMap)]
+    assert len(policies) == 2 * 2  # of the cell, too
+    assert len({id(x) for x in policies}) == 2

@@ -39,6 +39,10 @@ class CompositeLayer(keras.layers.Layer):
 
     def get_config(self):
         policy = policy_with_quantized(self)
+        if policy is not self.dtype_policy:
+            # Keras saves objects at one address once: until others are saved, it must not be freed.
+            kept = self.__dict__.get("_saved_policy")
+            policy = self.__dict__["_saved_policy"] = kept if policy.is_like(kept) else policy
         return {**super().get_config(), "dtype": keras.dtype_policies.serialize(policy)}
 
 

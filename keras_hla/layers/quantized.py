@@ -21,6 +21,13 @@ class QuantizedDTypePolicyMap(DTypePolicyMap):
         super().__init__(default_policy, policy_map)
         self.configs = configs or {}
 
+    def is_like(self, other):
+        """Whether another one, or `None`, says the same."""
+        if not isinstance(other, QuantizedDTypePolicyMap):
+            return False
+        policies = (self.default_policy, {**self}), (other.default_policy, {**other})
+        return policies[0] == policies[1] and self.configs == other.configs
+
     def get_config(self):
         configs = keras.saving.serialize_keras_object(self.configs)
         return {**super().get_config(), "configs": configs}
