@@ -183,6 +183,13 @@ def read_model(path):
     return ModelReader(keras.saving.load_model(path, compile=False))
 
 
+def compile_steps(scheduler):
+    """Has the scheduler do all that it ever does, before clients wait for it."""
+    scheduler.submit([0, 0], 1)
+    while scheduler.busy:
+        scheduler.step()
+
+
 def main():
     parser = argparse.ArgumentParser(
         description="Serve a character model over HTTP.",
@@ -208,6 +215,7 @@ def main():
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    compile_steps(scheduler)
     known = sessions.Conversations(arguments.sessions, arguments.expire, arguments.store, reader)
     uvicorn.run(
         make_app(SchedulerThread(scheduler), characters, known, arguments.model.stem),

@@ -452,7 +452,7 @@ def test_load(folder):
     output = run_python(
         *("examples/serve_load.py", folder / "saved_model"),
         *("--characters", folder / "characters.json"),
-        *("--clients", 5, "--seconds", 2, "--length", 10),
+        *("--clients", 10, "--seconds", 2, "--length", 10),
     )
     assert "wrong answers: 0" in output
     assert "failed requests: 0" in output

@@ -37,10 +37,14 @@ class SavedModelReader(TokenReader):
                 f"`export_saved_model` writes it. Received: {path} with the signatures "
                 f"{sorted(signatures)}"
             )
-        self._step, self._read = signatures["step"], signatures["step_masked"]
+        # XLA makes a step several times as fast. It compiles each once, for their sizes are fixed.
+        self._step, self._read = (
+            tf.function(functools.partial(signatures[name]), jit_compile=True, autograph=False)
+            for name in ("step", "step_masked")
+        )
         states = set(signatures["initial_state"].structured_outputs)
-        outputs = dict(self._step.structured_outputs)
-        inputs = dict(self._step.structured_input_signature[1])
+        outputs = dict(signatures["step"].structured_outputs)
+        inputs = dict(signatures["step"].structured_input_signature[1])
         further = {name: x for name, x in inputs.items() if name not in states}
         sequences = [name for name, x in further.items() if x.shape[1:].as_list() == [None]]
         logits = [name for name in outputs if name not in states]

@@ -63,7 +63,7 @@ class Scheduler:
         self,
         model: keras.Model | TokenReader,
         rows: int = 16,
-        piece_length: int = 128,
+        piece_length: int = 64,
         max_waiting: int = 256,
         max_untaken: int = 256,
         patience: float | None = None,
