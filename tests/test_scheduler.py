@@ -264,6 +264,19 @@ def test_in_another_process(reader, scheduler, alone, tmp_path):
     assert f"tokens {rest}" in output
 
 
+def test_files_of_no_session_are_refused(scheduler, tmp_path):
+    path = tmp_path / "session.npz"
+    scheduler.suspend(scheduler.submit([1], 9)).save(path)
+    whole = path.read_bytes()
+    for content in (b"", b"PK", whole[:-30], whole[:100], b"[1, 2]"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"file that `SavedSession\.save` wrote"):
+            SavedSession.load(path)
+    np.savez(path, other=1)
+    with pytest.raises(ValueError, match=r"file that `SavedSession\.save` wrote"):
+        SavedSession.load(path)
+
+
 def test_sessions_of_another_model_are_refused(scheduler):
     session = scheduler.submit([1], 9)
     scheduler.step()

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_hla.checks import check_number, check_positive_int, check_shape
+from keras_hla.checks import check_number, check_positive_int
 from keras_hla.streaming.drawing import Drawing, check_prompt
 from keras_hla.streaming.model_reader import ModelReader
 from keras_hla.streaming.row_batch import RowBatch
@@ -124,7 +124,7 @@ class Scheduler:
         unread = check_prompt(prompt, size).astype("int32")
         drawing = Drawing(size, max_new_tokens, temperature, top_k, top_p, stop_tokens, seed)
         if after is None:
-            states = self.reader.initial_state(1) | self._checked_inputs(inputs)
+            states = self.reader.start(inputs)
         elif inputs is not None:
             raise ValueError("Argument `inputs` must be None where `after` has them already.")
         else:
@@ -171,7 +171,7 @@ class Scheduler:
             The sessions that have new tokens, or have ended.
         """
         ended = self._look_after_full()
-        self._admit()
+        ended += self._admit()
         ended += self._read_piece()
         return ended + self._write()
 
@@ -180,21 +180,6 @@ class Scheduler:
             raise SchedulerFullError(f"{self._max_waiting} sessions wait already; try again later")
         self._waiting.append(session)
         return session
-
-    def _checked_inputs(self, inputs):
-        inputs, expected = inputs or {}, self.reader.inputs
-        if set(inputs) != set(expected):
-            raise ValueError(
-                "Argument `inputs` must be a dictionary of the inputs of the model that are not "
-                f"sequences, {sorted(expected)}. Received: {sorted(inputs)}"
-            )
-        arrays = {}
-        for name, zeros in self.reader.initial_state(1).items():
-            if name in expected:
-                x = keras.ops.convert_to_numpy(inputs[name])
-                check_shape(f"inputs['{name}']", x, expected[name][0])
-                arrays[name] = x[None].astype(zeros.dtype)
-        return arrays
 
     def _has_room(self, session):
         return len(session._tokens) <= self._max_untaken // 2
@@ -215,20 +200,13 @@ class Scheduler:
         return late
 
     def _admit(self):
+        ended = []
         while self._waiting and self._free:
             session = self._waiting.popleft()
-            session._row = self._free.pop()
-            session._states = self.reader.from_host(session._states)
-            session.status = "reading"
+            session._row, session.status = self._free.pop(), "reading"
             self._reading.append(session)
-            self._write_if_read(session)
-
-    def _write_if_read(self, session):
-        """All but the last token of a prompt are read beside the batch, the last with it."""
-        if len(session._unread) == 1:
-            self._reading.remove(session)
-            self._batch.put(session._row, session)
-            session.status = "writing"
+            ended += self._advance(session, self._begin)
+        return ended
 
     def _read_piece(self):
         """Reads a piece of one prompt, of which others then come first."""
@@ -236,18 +214,35 @@ class Scheduler:
             return []
         session = self._reading[0]
         self._reading.rotate(-1)
-        piece = session._unread[:-1][: self._piece_length]
-        tokens = np.zeros((1, self._piece_length), "int32")
-        mask = np.zeros(tokens.shape, bool)
-        tokens[0, -len(piece) :], mask[0, -len(piece) :] = piece, True
+        return self._advance(session, self._read)
+
+    def _advance(self, session, function):
+        """Calls a function of a session that reads. All but its last token are read so.
+
+        Returns:
+            A list of the session if it failed, and so has ended.
+        """
         try:
-            session._states = self.reader.read(tokens, mask, session._states)
-            session._unread = session._unread[len(piece) :]
-            self._write_if_read(session)
+            function(session)
+            if len(session._unread) == 1:  # which is read with the batch
+                self._batch.put(session._row, session)
+                self._reading.remove(session)
+                session.status = "writing"
         except Exception as error:
             self._end(session, "error", error)
             return [session]
         return []
+
+    def _begin(self, session):
+        session._states = self.reader.from_host(session._states)
+
+    def _read(self, session):
+        piece = session._unread[:-1][: self._piece_length]
+        tokens = np.zeros((1, self._piece_length), "int32")
+        mask = np.zeros(tokens.shape, bool)
+        tokens[0, -len(piece) :], mask[0, -len(piece) :] = piece, True
+        session._states = self.reader.read(tokens, mask, session._states)
+        session._unread = session._unread[len(piece) :]
 
     def _write(self):
         if not len(self._batch):

@@ -4,6 +4,7 @@ from collections import deque
 import dataclasses
 import json
 from typing import Any
+import zipfile
 
 import numpy as np
 
@@ -50,12 +51,16 @@ class SavedSession:
     @classmethod
     def load(cls, path: StrPath) -> "SavedSession":
         """Returns what `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            if not {"about", "unread"} <= set(file.files):
-                raise ValueError(f"Argument `path` must be a file of a session. Received: {path}")
-            names = [name for name in file.files if name.startswith("state/")]
-            states = {name.removeprefix("state/"): file[name] for name in names}
-            return cls(states, file["unread"], **json.loads(str(file["about"])))
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+            about, unread = json.loads(str(arrays.pop("about"))), arrays.pop("unread")
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"Argument `path` must be a file that `SavedSession.save` wrote. Received: {path}"
+            ) from error
+        states = {name.removeprefix("state/"): x for name, x in arrays.items()}
+        return cls(states, unread, **about)
 
     def check(self, reader: TokenReader) -> None:
         """Raises a `ValueError` unless these are states of the model that the reader has."""

@@ -4,8 +4,10 @@ import abc
 from collections.abc import Mapping
 from typing import Any
 
+from keras import ops
 import numpy as np
 
+from keras_hla.checks import check_shape
 from keras_hla.types import Tensor
 
 
@@ -84,3 +86,22 @@ class TokenReader(abc.ABC):
             name: np.zeros((batch_size, *shape), "float32" if dtype == "bfloat16" else dtype)
             for name, (shape, dtype) in self.states.items()
         }
+
+    def start(self, inputs: Mapping[str, Tensor] | None = None) -> dict[str, np.ndarray]:
+        """Returns the states of a new session, with its further inputs, as arrays.
+
+        Args:
+            inputs: Dictionary of the further inputs, without the batch axis.
+        """
+        inputs = inputs or {}
+        if set(inputs) != set(self.inputs):
+            raise ValueError(
+                "Argument `inputs` must be a dictionary of the inputs of the model that are not "
+                f"sequences, {sorted(self.inputs)}. Received: {sorted(inputs)}"
+            )
+        states = self.initial_state(1)
+        for name, x in inputs.items():
+            array = ops.convert_to_numpy(x)
+            check_shape(f"inputs['{name}']", array, self.inputs[name][0])
+            states[name] = array[None].astype(states[name].dtype)
+        return states
