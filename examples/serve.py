@@ -1,8 +1,14 @@
-"""Serves an exported character model over HTTP, with TensorFlow alone: no Keras, no keras_hla.
+"""Serves a character model over HTTP: a page to write with, and completions as OpenAI has them.
 
     python serve.py char_lm_output/saved_model --characters char_lm_output/characters.json
 
-A browser finds a page to write with at the address that is shown. For programs:
+The model is a SavedModel, which TensorFlow runs, or a `.keras` file, which the
+backend of Keras does (`KERAS_BACKEND`), on a GPU if there is one. Many clients
+share each step of the model. A browser finds a page to write with at the address
+that is shown. For programs:
+
+    POST   /v1/completions      as OpenAI's, also with "stream": true
+    GET    /v1/models
 
     POST   /sessions            -> {"id": ID}
     POST   /sessions/ID/text    {"text": ..., "length": 200, "temperature": 0.8, "seed": null}
@@ -12,10 +18,8 @@ The answer to a text comes as server-sent events while the model writes:
 `data: {"text": "a"}` for each character, then `data: {"done": true}` or
 `data: {"error": ...}`. The session keeps the model's state, of constant size, so
 that the next text goes on after this one and what was written to it. Temperature 0
-takes the most likely character each time.
-
-Export under TensorFlow: what JAX exports is compiled for each new number of
-sessions in a step and length of a text, while all sessions wait.
+takes the most likely character each time. With `--store FOLDER` sessions are in
+files, too, and go on after a restart.
 """
 
 import argparse
@@ -25,27 +29,32 @@ import json
 import logging
 import os
 from pathlib import Path
-import secrets
-import sys
-import time
 from typing import Annotated
 
 # What TensorFlow has to say about devices, and about gradients, which serving does without.
 logging.getLogger("absl").setLevel("ERROR")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# To import any of these is an error from here on.
-sys.modules.update(dict.fromkeys(("keras", "tf_keras", "keras_hla")))
 
+import completions  # noqa: E402
 from fastapi import Depends, FastAPI, HTTPException, Request  # noqa: E402
 from fastapi.responses import FileResponse, StreamingResponse  # noqa: E402
-import numpy as np  # noqa: E402
+import keras  # noqa: E402
 import pydantic  # noqa: E402
 import sessions  # noqa: E402
 import uvicorn  # noqa: E402
 
+from keras_hla.export import SavedModelReader  # noqa: E402
+from keras_hla.streaming import (  # noqa: E402
+    ModelReader,
+    Scheduler,
+    SchedulerFullError,
+    SchedulerThread,
+)
+
 MAX_TEXT = 20_000  # characters in one request
 MAX_LENGTH = 5_000
 MAX_BODY = 12 * MAX_TEXT + 1_000  # bytes: JSON may write a character as two escapes
+PATIENCE = 60  # seconds for which a client may take nothing of what is written for it
 UNKNOWN = "unknown or expired session; start a new one"
 
 
@@ -61,11 +70,9 @@ class Wish(pydantic.BaseModel):
 
 
 async def read_wish(request: Request) -> Wish:
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise HTTPException(413, f"the request is longer than {MAX_BODY} bytes")
+    body = await completions.read_body(request, MAX_BODY)
+    if body is None:
+        raise HTTPException(413, f"the request is longer than {MAX_BODY} bytes")
     try:
         return Wish.model_validate_json(body)
     except pydantic.ValidationError as error:
@@ -74,51 +81,16 @@ async def read_wish(request: Request) -> Wish:
         raise HTTPException(422, "; ".join(faults)) from None
 
 
-class Sessions:
-    """The sessions by their ids. Those unused for `expire` seconds are forgotten."""
-
-    def __init__(self, limit, expire):
-        self.limit = limit
-        self.expire = expire
-        self._sessions: dict[str, sessions.Session] = {}
-
-    def add(self, session):
-        self._sweep()
-        if len(self._sessions) >= self.limit:
-            raise HTTPException(503, f"all {self.limit} sessions are in use; try again later")
-        key = secrets.token_urlsafe(16)
-        self._sessions[key] = session
-        return key
-
-    def get(self, key):
-        self._sweep()
-        if key not in self._sessions:
-            raise HTTPException(404, UNKNOWN)
-        return self._sessions[key]
-
-    def remove(self, key):
-        self.get(key).ended = True
-        self._sweep()
-
-    def _sweep(self):
-        oldest = time.monotonic() - self.expire
-        self._sessions = {
-            key: session
-            for key, session in self._sessions.items()
-            if not session.ended and (session.busy or session.used > oldest)
-        }
-
-
-def make_app(model, limit, expire):
-    batcher = sessions.Batcher(model)
-    known = Sessions(limit, expire)
-
+def make_app(scheduler, characters, known, name):
     @contextlib.asynccontextmanager
     async def lifespan(_):
         yield
-        batcher.close()
+        await asyncio.to_thread(scheduler.close)  # which saves the sessions that write
+        known.store()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
+    app.add_exception_handler(completions.ApiError, completions.answer_error)
+    app.include_router(completions.make_router(scheduler, characters, name))
 
     @app.get("/")
     async def page():
@@ -126,44 +98,72 @@ def make_app(model, limit, expire):
 
     @app.post("/sessions", status_code=201)
     async def start():
-        return {"id": known.add(sessions.Session(model.initial_state))}
+        key = known.start()
+        if key is None:
+            raise HTTPException(503, f"all {known.limit} sessions are in use; try again later")
+        return {"id": key}
+
+    def get(key):
+        conversation = known.get(key)
+        if conversation is None:
+            raise HTTPException(404, UNKNOWN)
+        return conversation
 
     @app.delete("/sessions/{key}", status_code=204)
     async def end(key: str):
-        known.remove(key)
+        get(key)
+        known.end(key)
 
     @app.post("/sessions/{key}/text")
     async def write(key: str, wish: Annotated[Wish, Depends(read_wish)]):
-        session = known.get(key)
-        if session.busy:
+        conversation = get(key)
+        if conversation.busy:
             raise HTTPException(409, "the session is in use; wait until it has answered")
+        after = conversation.saved()
+        if conversation.ended:
+            raise HTTPException(404, UNKNOWN)
+        conversation.held = True
         try:
-            session.unread += model.encode(wish.text)
+            stream = await asyncio.to_thread(submit, wish, after)
+            conversation.go_on(stream.session)
         except ValueError as error:
             raise HTTPException(422, f"text: {error}") from None
-        events: asyncio.Queue = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        request = sessions.Request(
-            session,
-            wish.length,
-            wish.temperature,
-            np.random.default_rng(wish.seed),
-            emit=lambda event: loop.call_soon_threadsafe(events.put_nowait, event),
-        )
-        batcher.submit(request)
-        return StreamingResponse(stream(request, events), media_type="text/event-stream")
+        except SchedulerFullError as error:
+            raise HTTPException(429, str(error), {"Retry-After": "1"}) from None
+        finally:
+            conversation.held = False
+        answer = events(conversation, stream, characters)
+        return StreamingResponse(answer, media_type="text/event-stream")
+
+    def submit(wish, after):
+        options = {"temperature": wish.temperature, "seed": wish.seed, "after": after}
+        tokens = characters.encode(wish.text)
+        return scheduler.submit(tokens, wish.length, keep=True, **options)
 
     return app
 
 
-async def stream(request, events):
+async def events(conversation, stream, characters):
+    """The answer to a text, as server-sent events."""
+    conversation.held = True  # until it is stored
     try:
-        event = {"text": ""}
-        while "text" in event:
-            event = await events.get()
-            yield f"data: {json.dumps(event)}\n\n"
+        async for token in stream:
+            if conversation.ended:
+                break
+            yield completions.event({"text": characters.decode(token)})
+        if conversation.ended:
+            last = {"error": "the session was ended"}
+        elif stream.session.finish_reason == "cancelled":
+            last = {"error": "the server stops, or waited too long for you"}
+        else:
+            await asyncio.to_thread(conversation.store)
+            last = {"done": True}
+    except RuntimeError as error:
+        last = {"error": f"the model failed: {error.__cause__}; start a new session"}
     finally:
-        request.cancelled = True  # if the client went away before the end
+        stream.cancel()  # if the client went away before the end
+        conversation.held = False
+    yield completions.event(last)
 
 
 def read_characters(path):
@@ -176,27 +176,49 @@ def read_characters(path):
     return characters
 
 
+def read_model(path):
+    """What reads the tokens: a Keras model, or what TensorFlow runs without Keras."""
+    if path.suffix != ".keras":
+        return SavedModelReader(path)
+    return ModelReader(keras.saving.load_model(path, compile=False))
+
+
+def compile_steps(scheduler):
+    """Has the scheduler do all that it ever does, before clients wait for it."""
+    scheduler.submit([0, 0], 1)
+    while scheduler.busy:
+        scheduler.step()
+
+
 def main():
     parser = argparse.ArgumentParser(
-        description="Serve an exported character model over HTTP.",
+        description="Serve a character model over HTTP.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("saved_model", type=Path, help="folder that keras_hla.export_saved_model wrote")
+    add("model", type=Path, help="folder that keras_hla.export_saved_model wrote, or .keras file")
     add("--characters", type=Path, required=True, help="JSON list: each token's character")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8000, help="port to listen on")
+    add("--rows", type=int, default=32, help="number of texts that are written in one step")
+    add("--waiting", type=int, default=256, help="largest number of texts that wait for that")
     add("--expire", type=float, default=600, help="seconds after which an unused session ends")
     add("--sessions", type=int, default=256, help="largest number of sessions at a time")
+    add("--store", type=Path, help="folder to store sessions in, for after a restart")
     arguments = parser.parse_args()
     try:
+        reader = read_model(arguments.model)
         characters = read_characters(arguments.characters)
-        model = sessions.LanguageModel(str(arguments.saved_model), characters)
+        characters = sessions.Characters(characters, reader.vocabulary_size)
+        scheduler = Scheduler(
+            reader, arguments.rows, max_waiting=arguments.waiting, patience=PATIENCE
+        )
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    app = make_app(model, arguments.sessions, arguments.expire)
+    compile_steps(scheduler)
+    known = sessions.Conversations(arguments.sessions, arguments.expire, arguments.store, reader)
     uvicorn.run(
-        app,
+        make_app(SchedulerThread(scheduler), characters, known, arguments.model.stem),
         host=arguments.host,
         port=arguments.port,
         log_level="warning",

@@ -1,40 +1,19 @@
-"""Sessions of an exported language model, and the thread that steps many of them in one batch."""
+"""What a server keeps of its clients' texts: in memory, and in files for after a restart."""
 
-from collections import deque
-from collections.abc import Callable
-import dataclasses
-import queue
-import threading
+import contextlib
+import os
+import secrets
 import time
 
-import numpy as np
-import tensorflow as tf
+from keras_hla.streaming import SavedSession
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-MAX_BATCH = 64  # sessions in one step
-MAX_PIECE = 256  # tokens of a text read in one step, so that a long text does not hold up others
 
 
-class LanguageModel:
-    """A SavedModel from tokens to logits, as `keras_hla.export_saved_model` writes it."""
+class Characters:
+    """The characters that are the tokens of a model."""
 
-    def __init__(self, path, characters):
-        self._loaded = tf.saved_model.load(path)  # the signatures do not keep it alive
-        signatures = self._loaded.signatures
-        missing = {"initial_state", "step", "step_masked"} - set(signatures)
-        if missing:
-            raise ValueError(f"the SavedModel must have signatures for streams, it lacks {missing}")
-        self._step, self._step_masked = signatures["step"], signatures["step_masked"]
-        states = signatures["initial_state"](batch_size=tf.constant(1))
-        self.initial_state = {name: x.numpy() for name, x in states.items()}
-        inputs = set(self._step.structured_input_signature[1]) - set(states)
-        outputs = set(self._step.structured_outputs) - set(states)
-        if inputs != {"tokens"} or outputs != {"logits"}:
-            raise ValueError(
-                "the SavedModel must have input 'tokens' and output 'logits', "
-                f"it has {sorted(inputs)} and {sorted(outputs)}"
-            )
-        size = self._step.structured_outputs["logits"].shape[-1]
+    def __init__(self, characters, size):
         if len(characters) != size:
             raise ValueError(f"{len(characters)} characters for logits of {size} tokens")
         self.characters = characters
@@ -48,152 +27,122 @@ class LanguageModel:
         default = self._index.get(REPLACEMENT)
         return [self._index.get(character, default) for character in text]
 
-    def step(self, pieces, states):
-        """Reads a piece of tokens in each session.
-
-        Args:
-            pieces: List of lists of tokens.
-            states: For each session the states before its piece, arrays of batch size 1.
-
-        Returns:
-            For each session the logits after the piece, and the states after it.
-        """
-        lengths = np.array([len(piece) for piece in pieces])
-        tokens = np.zeros((len(pieces), lengths.max()), "int32")
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        tokens[mask] = np.concatenate(pieces)
-        inputs = {name: np.concatenate([s[name] for s in states]) for name in self.initial_state}
-        inputs["tokens"] = tokens
-        function = self._step
-        if not mask.all():
-            inputs["mask"], function = mask, self._step_masked
-        outputs = function(**{name: tf.constant(x) for name, x in inputs.items()})
-        outputs = {name: x.numpy() for name, x in outputs.items()}
-        rows = range(len(pieces))
-        logits = outputs.pop("logits")[rows, lengths - 1]
-        # Copies, since a slice would keep the arrays of the whole batch.
-        return logits, [{name: x[i : i + 1].copy() for name, x in outputs.items()} for i in rows]
+    def decode(self, token):
+        return self.characters[token]
 
 
-@dataclasses.dataclass(eq=False)
-class Session:
-    """What the model knows of one text: states, and the tokens that they do not yet include."""
+class Conversation:
+    """A text that goes on from request to request.
 
-    states: dict[str, np.ndarray]
-    unread: list[int] = dataclasses.field(default_factory=list)
-    busy: bool = False  # the batcher has it
-    ended: bool = False
-    used: float = dataclasses.field(default_factory=time.monotonic)
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """Characters to write in a session.
-
-    `emit` is called from the batcher's thread with `{"text": character}` for each,
-    and at last with `{"done": True}` or `{"error": message}`.
+    Args:
+        reader: what reads the tokens.
+        path: file to store it in, or `None`.
+        used: time of the last request.
     """
 
-    session: Session
-    length: int
-    temperature: float
-    random: np.random.Generator
-    emit: Callable[[dict], None]
-    cancelled: bool = False  # by the client's thread
-    ended: bool = False
+    def __init__(self, reader, path, used):
+        self._reader = reader
+        self._path = path
+        self._used = used
+        self._session = None  # that writes, or has written last
+        self._saved = None
+        self._stored = path is not None and path.exists()
+        self.held = False  # by a request
+        self.ended = False
 
-    def end(self, error=None):
-        """Gives the session back: a failed one as ended, since its states cannot be trusted."""
-        self.ended = True
-        self.session.ended |= error is not None
-        self.session.used = time.monotonic()
-        self.session.busy = False  # before the client hears of it, who may go on at once
-        self.emit({"error": error} if error else {"done": True})
+    @property
+    def busy(self):
+        return self.held or (self._session is not None and self._session.status != "ended")
 
-    def sample(self, logits):
-        if self.temperature == 0:
-            return int(np.argmax(logits))
-        # The largest of logits with Gumbel noise is a sample of their softmax.
-        noise = self.random.gumbel(size=logits.shape)
-        return int(np.argmax((logits - logits.max()) / self.temperature + noise))
+    @property
+    def used(self):
+        if self.busy:
+            self._used = time.time()
+        return self._used
+
+    def go_on(self, session):
+        """A session now writes in it."""
+        self._session, self._stored, self._used = session, False, time.time()
+
+    def saved(self):
+        """What to go on with: a `SavedSession`, or `None` at the beginning or if it has ended."""
+        session = self._session
+        if session is not None and session.status == "ended":
+            self.ended |= session.error is not None  # nobody knows what its states are
+            self._saved, self._session = session.saved, None
+        elif self._saved is None and self._stored:
+            try:
+                self._saved = SavedSession.load(self._path)
+                self._saved.check(self._reader)
+            except (OSError, ValueError):  # a broken file, or one of another model
+                self._saved, self.ended = None, True
+        return self._saved
+
+    def store(self):
+        """Writes the file, unless it is there: at once or not at all."""
+        if self._path is None or self._stored or self.ended:
+            return
+        saved = self.saved()
+        if saved is not None and self._session is None:  # or the next one is on its way
+            new = self._path.with_suffix(".new")
+            saved.save(new)
+            os.replace(new, self._path)
+            self._stored = True
+
+    def forget(self):
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
 
-class Batcher:
-    """A thread that steps all sessions with something to read or to write together.
+class Conversations:
+    """The conversations by their ids. Those unused for `expire` seconds are forgotten.
 
-    A session takes one step per turn, new requests join between turns. At most
-    `MAX_BATCH` sessions are in a turn, the others come first in the next.
+    Args:
+        limit: largest number of them.
+        expire: number of seconds.
+        folder: where they are stored, and those of the server before; or `None`.
+        reader: what reads their tokens.
     """
 
-    def __init__(self, model):
-        self.model = model
-        self._new = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
-        self._thread.start()
+    def __init__(self, limit, expire, folder, reader):
+        self.limit = limit
+        self.expire = expire
+        self._folder = folder
+        self._reader = reader
+        self._conversations: dict[str, Conversation] = {}
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in self._folder.glob("*.session"):
+                used = path.stat().st_mtime
+                self._conversations[path.stem] = Conversation(reader, path, used)
 
-    def submit(self, request):
-        """Starts a request. Its session is the batcher's until `request.end`."""
-        request.session.busy = True
-        self._new.put(request)
+    def start(self):
+        """Returns the id of a new one, or `None` if there are too many."""
+        self._sweep()
+        if len(self._conversations) >= self.limit:
+            return None
+        key = secrets.token_hex(16)
+        path = self._folder and self._folder / f"{key}.session"
+        self._conversations[key] = Conversation(self._reader, path, time.time())
+        return key
 
-    def close(self):
-        """Ends all requests, and the thread."""
-        self._new.put(None)
-        self._thread.join()
+    def get(self, key):
+        """Returns a conversation, or `None`."""
+        self._sweep()
+        return self._conversations.get(key)
 
-    def _run(self):
-        waiting = deque()
-        while True:
-            while not waiting or not self._new.empty():
-                request = self._new.get()
-                if request is None:
-                    for other in waiting:
-                        other.end("the server stops")
-                    return
-                waiting.append(request)
-            turn = [waiting.popleft() for _ in range(min(len(waiting), MAX_BATCH))]
-            for request in turn:
-                if request.session.ended:
-                    request.end("the session was ended")
-                elif request.cancelled:
-                    request.end()
-            # An ended request's session may be in another one already: it is not looked at again.
-            turn = [request for request in turn if not request.ended]
-            # Single tokens apart from texts, to whose length they would be padded.
-            texts = [request for request in turn if len(request.session.unread) > 1]
-            self._step([request for request in turn if request not in texts])
-            self._step(texts)
-            waiting.extend(request for request in turn if not request.ended)
+    def end(self, key):
+        self._conversations[key].ended = True
+        self._sweep()
 
-    def _step(self, requests):
-        if not requests:
-            return
-        pieces = [request.session.unread[:MAX_PIECE] for request in requests]
-        try:
-            results = self.model.step(pieces, [request.session.states for request in requests])
-        except Exception as error:
-            if len(requests) == 1:
-                requests[0].end(f"the step failed ({type(error).__name__}); start a new session")
-                return
-            for request in requests:  # each alone, so that only those fail that are at fault
-                self._step([request])
-            return
-        for request, piece, logits, states in zip(requests, pieces, *results, strict=True):
-            self._take(request, len(piece), logits, states)
+    def store(self):
+        for conversation in self._conversations.values():
+            with contextlib.suppress(OSError):  # of one that the others do not have, maybe
+                conversation.store()
 
-    def _take(self, request, count, logits, states):
-        """Takes in the result of a step, and writes a character if all is read."""
-        if not np.isfinite(logits).all():
-            request.end("the model's output is not finite; start a new session")
-            return
-        session = request.session
-        session.states = states
-        del session.unread[:count]
-        if session.unread:
-            return
-        token = request.sample(logits)
-        session.unread = [token]  # read with the next step, maybe of the next request
-        request.length -= 1
-        request.emit({"text": self.model.characters[token]})
-        if request.length == 0:
-            request.end()
+    def _sweep(self):
+        oldest = time.time() - self.expire
+        for key, conversation in list(self._conversations.items()):
+            if conversation.ended or conversation.used < oldest:
+                del self._conversations[key]
+                conversation.forget()

@@ -311,8 +311,9 @@ print("the exported model scores as the Keras model does")
 """
 ## Where to go from here
 
-- `examples/serve.py` serves a language model over HTTP: sessions with ids that expire, a thread
-  that batches what all clients want, and a page for the browser.
+- For a language model, `keras_hla.streaming.Scheduler` does all this, and draws the tokens:
+  sessions that join and leave a running batch, and can be stored. `examples/serve.py` serves one
+  over HTTP, with a page for the browser.
 - For other runtimes, `keras_hla.export_onnx` and `keras_hla.export_litert` write files that take
   and return states as well.
 - One session alone is simpler with `keras_hla.export_saved_model(model, path, stateful=True)`,

@@ -6,8 +6,8 @@ These modules are public, by the names in their `__all__`; all others are privat
 - `ops`: the operators as functions of tensors.
 - `operators`: the operators as classes, and `register` for custom ones.
 - `kernels`: which implementation runs, and why.
-- `streaming`: streaming models and generation.
-- `export`: files that need neither Keras nor this package.
+- `streaming`: streaming models, generation, and a scheduler of many sessions.
+- `export`: files that need neither Keras nor this package, and what reads them for a scheduler.
 - `distribution`: context parallelism.
 - `hub`: language models for keras-hub, which it needs.
 - `torch_module`: layers for what replaces parameters in PyTorch, which it needs.

@@ -71,7 +71,7 @@ ONLY = {
     ),
     "test_kernels_torch.py": (("torch",), "this is how PyTorch calls the kernels"),
     "test_learning.py": (("jax",), "this benchmark trains many models at once, which needs JAX"),
-    "test_serve.py": (("tensorflow",), "the server runs TensorFlow without Keras"),
+    "test_serve.py": (("tensorflow",), "it serves a SavedModel; the scheduler has its tests"),
     "test_shard_kernels.py": (("torch",), "without a GPU PyTorch alone runs the kernels"),
     "test_sessions_of_a_saved_model.py": (
         ("tensorflow", "jax"),

@@ -9,7 +9,7 @@ import pytest
 from scripts import ROOT, run_python
 
 import keras_hla
-from keras_hla import hub, layers, operators, ops
+from keras_hla import hub, layers, operators, ops, streaming
 
 PUBLIC = [
     keras_hla.generate,
@@ -29,6 +29,7 @@ PUBLIC = [
     ops.combine,
     ops.higher_order_attention,
     ops.summarize,
+    streaming.Scheduler,
 ]
 
 

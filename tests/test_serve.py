@@ -3,14 +3,13 @@
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import json
-import queue
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from typing import ClassVar
 
 import httpx
 import keras
@@ -19,6 +18,7 @@ import pytest
 from scripts import ROOT, run_python
 
 import keras_hla
+from keras_hla.streaming import Scheduler
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # The model's output after "~" is not finite, and it never writes one.
@@ -60,12 +60,14 @@ def free_port():
 
 
 @contextlib.contextmanager
-def service(folder, port, *options):
+def service(folder, port, *options, model="saved_model", end=signal.SIGTERM):
     """Runs the service while the block lasts, and checks that it stops when told to."""
-    command = [sys.executable, str(ROOT / "examples" / "serve.py"), str(folder / "saved_model")]
+    command = [sys.executable, str(ROOT / "examples" / "serve.py"), str(folder / model)]
     command += ["--characters", str(folder / "characters.json"), "--port", str(port), *options]
-    # Away from the repository's root, where it could find the package.
-    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+    )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             while process.poll() is None:
@@ -75,7 +77,7 @@ def service(folder, port, *options):
                 time.sleep(0.1)
             assert process.poll() is None, process.stderr.read()
             yield client
-        process.send_signal(signal.SIGTERM)
+            process.send_signal(end)
         assert "Traceback" not in process.communicate(timeout=30)[1]
     finally:
         process.kill()
@@ -169,7 +171,7 @@ def test_a_failing_session_disturbs_no_other(client):
         for _ in range(5):
             key = start(client)
             response = client.post(f"/sessions/{key}/text", json={"text": "a~", "length": 5})
-            assert "not finite" in list(events(response))[-1]["error"]
+            assert "NaN" in list(events(response))[-1]["error"]
             response = client.post(f"/sessions/{key}/text", json={"text": "a", "length": 5})
             assert response.status_code == 404
         assert other.result() == expected
@@ -251,53 +253,206 @@ def test_refuses_wrong_characters(folder, tmp_path):
     path = tmp_path / "characters.json"
     path.write_text('["a"]', encoding="utf-8")
     command = [sys.executable, "examples/serve.py", folder / "saved_model", "--characters", path]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 2
     assert "1 characters for logits of 31 tokens" in result.stderr
 
 
-def test_a_failing_step_ends_its_own_session(monkeypatch):
-    """A step that raises for its batch is taken again, by each session alone."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    from sessions import Batcher, Request, Session
+def complete(client, **wish):
+    return client.post("/v1/completions", json={"model": "saved_model", **wish})
 
-    class Model:
-        characters = "ab"
-        batches: ClassVar = []
 
-        def step(self, pieces, states):
-            self.batches.append(len(pieces))
-            if "broken" in states:
-                raise RuntimeError
-            return [np.array([0.0, 1.0])] * len(pieces), states
+def stream_completion(client, **wish):
+    """Yields the events of a completion, parsed as a client does."""
+    wish = {"model": "saved_model", "stream": True, **wish}
+    with client.stream("POST", "/v1/completions", json=wish) as response:
+        assert response.status_code == 200, response.read()
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.iter_lines() if line]
+        assert all(line.startswith("data: ") for line in lines)
+        *bodies, done = (line.removeprefix("data: ") for line in lines)
+    assert done == "[DONE]"
+    yield from map(json.loads, bodies)
 
-    def request(states, length):
-        received = queue.SimpleQueue()
-        random = np.random.default_rng(0)
-        return Request(Session(states, [0, 0]), length, 0, random, received.put), received
 
-    batcher = Batcher(Model())
-    submitted = [request(states, 2000) for states in ("fine", "broken", "fine")]
-    for one, _ in submitted:
-        batcher.submit(one)
-    for one, received in submitted:
-        answer = [received.get(timeout=20)]
-        while "text" in answer[-1]:
-            answer.append(received.get(timeout=20))
-        if one.session.states == "broken":
-            assert "RuntimeError" in answer[-1]["error"]
-        else:
-            assert answer == [{"text": "b"}] * 2000 + [{"done": True}]
-        assert one.session.ended == (one.session.states == "broken")
-    batcher.close()
-    assert max(Model.batches) > 1
+def expect(model, prompt, count, **options):
+    """The text that the package writes for a text by itself."""
+    tokens = [CHARACTERS.index(c) for c in prompt]
+    new = keras_hla.generate(model, tokens, count, tokens_per_call=8, **options)
+    return "".join(CHARACTERS[token] for token in new)
+
+
+def test_completions(client, model):
+    for options in ({"temperature": 0}, {"seed": 3}, {"seed": 4, "top_p": 0.5, "temperature": 2}):
+        expected = expect(model, "once", 24, **options)
+        tokens = [CHARACTERS.index(c) for c in "once"]
+        for prompt in ("once", tokens):
+            answer = complete(client, prompt=prompt, max_tokens=24, **options).json()
+            (choice,) = answer["choices"]
+            assert choice["text"] == expected
+            assert (choice["index"], choice["finish_reason"]) == (0, "length")
+            assert (answer["object"], answer["model"]) == ("text_completion", "saved_model")
+            usage = {"prompt_tokens": 4, "completion_tokens": 24, "total_tokens": 28}
+            assert answer["usage"] == usage
+        events = [
+            *stream_completion(
+                *(client,),
+                **{"prompt": "once", "max_tokens": 24, **options},
+                stream_options={"include_usage": True},
+            )
+        ]
+        *chunks, last, counts = events
+        assert len({event["id"] for event in events}) == 1
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
+        assert {chunk["choices"][0]["finish_reason"] for chunk in chunks} == {None}
+        assert len(chunks) == 24
+        assert last["choices"][0]["finish_reason"] == "length"
+        assert (counts["choices"], counts["usage"]) == ([], usage)
+
+
+def test_completions_stop(client, model):
+    whole = expect(model, "once", 60, seed=3)
+    for stop in (whole[20:23], [whole[30:32], whole[10:13] + "~", whole[40]], whole[59]):
+        stops = [stop] if isinstance(stop, str) else stop
+        end = min(whole.find(s) for s in stops if s in whole)
+        wish = {"prompt": "once", "max_tokens": 60, "seed": 3, "stop": stop}
+        answer = complete(client, **wish).json()["choices"][0]
+        assert (answer["text"], answer["finish_reason"]) == (whole[:end], "stop")
+        *chunks, last = (event["choices"][0] for event in stream_completion(client, **wish))
+        assert "".join(chunk["text"] for chunk in chunks) == whole[:end]
+        assert last["finish_reason"] == "stop"
+    answer = complete(client, **wish | {"stop": ["~", whole[-2:] + "."]}).json()["choices"][0]
+    assert (answer["text"], answer["finish_reason"]) == (whole, "length")
+
+
+def test_models(client):
+    answer = client.get("/v1/models").json()
+    assert answer["object"] == "list"
+    assert [(x["id"], x["object"]) for x in answer["data"]] == [("saved_model", "model")]
+    assert client.get("/v1/models/saved_model").json() == answer["data"][0]
+    assert client.get("/v1/models/other").status_code == 404
+
+
+BAD_COMPLETIONS = [
+    ({}, 400, "prompt"),
+    ({"prompt": ""}, 400, "prompt"),
+    ({"prompt": []}, 400, "prompt"),
+    ({"prompt": ["a", "b"]}, 400, "prompt"),
+    ({"prompt": [31]}, 400, "prompt"),
+    ({"prompt": [-1]}, 400, "prompt"),
+    ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+    ({"prompt": "a", "temperature": -1}, 400, "temperature"),
+    ({"prompt": "a", "top_p": 0}, 400, "top_p"),
+    ({"prompt": "a", "n": 2}, 400, "n"),
+    ({"prompt": "a", "echo": True}, 400, "echo"),
+    ({"prompt": "a", "presence_penalty": 0.5}, 400, "presence_penalty"),
+    ({"prompt": "a", "stop": ["a"] * 5}, 400, "stop"),
+    ({"prompt": "a", "more": 1}, 400, "more"),
+    ({"prompt": "a", "model": "other"}, 404, "model"),
+    ({"prompt": "a" * 1_000_000}, 413, None),
+]
+
+
+@pytest.mark.parametrize(("wish", "status", "param"), BAD_COMPLETIONS, ids=lambda x: str(x)[:40])
+def test_refuses_completions_as_clients_know_it(client, wish, status, param):
+    response = complete(client, **wish)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert 0 < len(error["message"]) < 300
+
+
+def test_what_asks_for_nothing_is_accepted(client):
+    nothing = {"n": 1, "echo": False, "logprobs": None, "presence_penalty": 0.0, "logit_bias": {}}
+    assert complete(client, prompt="a", max_tokens=1, **nothing).status_code == 200
+
+
+def test_a_failing_completion_is_an_error(client):
+    response = complete(client, prompt="a~")
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+    wish = {"model": "saved_model", "prompt": "a~", "stream": True}
+    with client.stream("POST", "/v1/completions", json=wish) as response:
+        (event,) = events(response)
+    assert "NaN" in event["error"]["message"]
+
+
+def test_concurrent_completions(client, model):
+    def write(seed):
+        wish = {"prompt": "once" * seed, "max_tokens": 10 * seed, "seed": seed}
+        return "".join(x["choices"][0]["text"] for x in stream_completion(client, **wish))
+
+    seeds = range(1, 9)
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        written = list(pool.map(write, seeds))
+    assert written == [expect(model, "once" * seed, 10 * seed, seed=seed) for seed in seeds]
+
+
+def test_a_full_server_and_clients_that_vanish(folder, model):
+    of_another_model = Scheduler(model)
+    session = of_another_model.submit([1], 1)
+    (folder / "others").mkdir()
+    of_another_model.suspend(session).save(folder / "others" / "other.session")
+    (folder / "others" / "broken.session").write_bytes(b"PK")
+    long = {"model": "saved_model", "prompt": "a", "max_tokens": 5000, "stream": True}
+    options = "--rows", "1", "--waiting", "1", "--store", str(folder / "others")
+    with service(folder, free_port(), *options) as client, contextlib.ExitStack() as stack:
+        writing = stack.enter_context(client.stream("POST", "/v1/completions", json=long))
+        received = events(writing)  # which closes the connection when it is collected
+        next(received)
+        stack.enter_context(client.stream("POST", "/v1/completions", json=long))
+        response = complete(client, prompt="a")
+        assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+        assert response.json()["error"]["code"] == "rate_limit_exceeded"
+        response = client.post(f"/sessions/{start(client)}/text", json={"text": "a"})
+        assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+        stack.close()  # both clients go away
+        del received
+        deadline = time.monotonic() + 20
+        while (response := complete(client, prompt="a", max_tokens=5)).status_code == 429:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert response.json()["usage"]["completion_tokens"] == 5
+
+        for key in ("other", "broken"):
+            response = client.post(f"/sessions/{key}/text", json={"text": "a"})
+            assert (response.status_code, response.json()["detail"]) == (404, UNKNOWN)
+
+
+def test_stored_sessions_go_on(folder, model):
+    """After the server was killed while it wrote, and with a Keras model."""
+    model.save(folder / "model.keras")
+    options = {"model": "model.keras"}
+    texts = [("the cat ", 20, 1), (" sat", 30, 2)]
+    expected = [expect(model, texts[0][0], 20, seed=1, temperature=0.8)]
+    so_far = texts[0][0] + expected[0] + texts[1][0]
+    expected.append(expect(model, so_far, 30, seed=2, temperature=0.8))
+
+    port, store = free_port(), ("--store", str(folder / "store"))
+    with service(folder, port, *store, **options, end=signal.SIGKILL) as client:
+        keys = [start(client), start(client)]
+        for key in keys:
+            text, length, seed = texts[0]
+            assert write(client, key, text, length, seed=seed) == expected[0]
+        wish = {"text": "a", "length": 5000}
+        writing = client.build_request("POST", f"/sessions/{keys[1]}/text", json=wish)
+        next(events(client.send(writing, stream=True)))
+    with service(folder, port, *store, **options) as client:
+        for key in keys:  # the one that was writing as before the text
+            text, length, seed = texts[1]
+            assert write(client, key, text, length, seed=seed) == expected[1]
+        assert client.delete(f"/sessions/{keys[0]}").status_code == 204
 
 
 def test_load(folder):
     output = run_python(
         *("examples/serve_load.py", folder / "saved_model"),
         *("--characters", folder / "characters.json"),
-        *("--clients", 5, "--seconds", 2, "--length", 10),
+        *("--clients", 10, "--seconds", 2, "--length", 10),
     )
     assert "wrong answers: 0" in output
     assert "failed requests: 0" in output

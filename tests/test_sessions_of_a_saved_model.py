@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import keras_hla
+from keras_hla.export import SavedModelReader
+from keras_hla.streaming import SavedSession, Scheduler
 
 VOCABULARY = 40
 SESSIONS = 64
@@ -21,10 +23,8 @@ MEAN_LENGTH = 550
 
 
 @pytest.fixture(scope="module")
-def signatures(tmp_path_factory):
-    """Those of a small language model of several operators, which this backend writes."""
-    import tensorflow as tf
-
+def written(tmp_path_factory):
+    """A small language model of several operators, and the SavedModel that this backend writes."""
     folder = tmp_path_factory.mktemp("sessions")
     keras.utils.set_random_seed(0)
     tokens = keras.Input((None,), dtype="int32", name="tokens")
@@ -34,7 +34,14 @@ def signatures(tmp_path_factory):
         h = h + layer(keras.layers.RMSNormalization()(h))
     model = keras.Model(tokens, keras.layers.Dense(VOCABULARY, name="logits")(h))
     keras_hla.export_saved_model(model, folder / "saved_model")
-    loaded = tf.saved_model.load(str(folder / "saved_model"))
+    return model, folder / "saved_model"
+
+
+@pytest.fixture(scope="module")
+def signatures(written):
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(written[1]))
     yield loaded.signatures
     del loaded  # only now: the signatures do not keep it alive
 
@@ -198,3 +205,54 @@ def test_refuses_wrong_states(signatures, rng, wrong):
             **wrong(initial_state(signatures, 2)),
         )
     np.testing.assert_array_equal(alone(signatures, tokens[0]), expected)
+
+
+def run(scheduler):
+    while scheduler.busy:
+        scheduler.step()
+
+
+def test_a_scheduler_of_a_saved_model(written, tmp_path):
+    model, path = written
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, VOCABULARY, n) for n in (1, 32, 17, 24, 25, 30)]
+    scheduler = Scheduler(SavedModelReader(path), rows=3, piece_length=8)
+    sessions = [scheduler.submit(x, 20, seed=n) for n, x in enumerate(prompts)]
+    for _ in range(10):
+        scheduler.step()
+    begun = [x.take() for x in sessions]
+    for n, session in enumerate(sessions):
+        scheduler.suspend(session).save(tmp_path / f"{n}.npz")
+
+    again = Scheduler(SavedModelReader(path), rows=3, piece_length=8)  # as in another process
+    sessions = [again.resume(SavedSession.load(tmp_path / f"{n}.npz")) for n in range(6)]
+    run(again)
+    for n, prompt in enumerate(prompts):
+        alone = keras_hla.generate(model, prompt, 20, seed=n, tokens_per_call=8)
+        assert begun[n] + sessions[n].take() == alone.tolist()
+    assert all(0 < len(tokens) < 20 for tokens in begun[:2])
+
+    # States of the Keras model may have other names.
+    with pytest.raises(ValueError, match="goes on with the model"):
+        Scheduler(model).resume(SavedSession.load(tmp_path / "0.npz"))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("step", "reset"), "takes and returns states"),
+        (("initial_state", "step", "step_masked"), "one output"),
+    ],
+)
+def test_saved_models_that_no_scheduler_can_use(tmp_path, names, message):
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None), "int32", "tokens")])
+    def two_outputs(tokens):
+        return {"first": tokens[..., None], "second": tokens[..., None]}
+
+    module = tf.Module()
+    function = two_outputs.get_concrete_function()
+    tf.saved_model.save(module, str(tmp_path / "model"), dict.fromkeys(names, function))
+    with pytest.raises(ValueError, match=message):
+        SavedModelReader(tmp_path / "model")

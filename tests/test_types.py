@@ -40,7 +40,9 @@ def methods(path, cls):
 def test_all_arguments_and_results_are_annotated(path, function):
     signature = inspect.signature(function)
     for name, parameter in signature.parameters.items():
-        assert name == "self" or parameter.annotation is not parameter.empty, f"{path}({name})"
+        assert name in ("self", "cls") or parameter.annotation is not parameter.empty, (
+            f"{path}({name})"
+        )
     assert signature.return_annotation is not signature.empty, path
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_hla.checks import check_number, check_positive_int
-from keras_hla.streaming.sampling import inverse
+from keras_hla.checks import check_positive_int
+from keras_hla.streaming.drawing import Drawing, check_prompt
 from keras_hla.streaming.writer import write, writer_of
 from keras_hla.types import Tensor
 
@@ -123,24 +123,11 @@ def generate_stream(
     single = _is_single(prompt)
     prompts = _check_prompts([prompt] if single else prompt, writer.vocabulary_size)
     inputs = writer.check_inputs(inputs, None if single else len(prompts))
-    check_positive_int("max_new_tokens", max_new_tokens)
     check_positive_int("tokens_per_call", tokens_per_call)
-    check_number("temperature", temperature, "a number >= 0", lambda x: x >= 0)
-    check_positive_int("top_k", top_k, optional=True)
-    if top_p is not None:
-        check_number("top_p", top_p, "None or a number in (0, 1]", lambda x: 0 < x <= 1)
-    if seed is not None:
-        check_number("seed", seed, "None or an integer >= 0", _is_natural)
-    stop_tokens = _check_stop_tokens(stop_tokens, writer.vocabulary_size)
-    if temperature == 0:
-        top_k = 1
-    elif top_p is not None and top_k is None:
-        top_k = writer.vocabulary_size
-    top_k = None if top_k is None else min(top_k, writer.vocabulary_size)
-    options = (top_k, inverse(temperature or 1), float(top_p or 1))
-    pieces = write(
-        model, prompts, inputs, max_new_tokens, options, stop_tokens, seed, tokens_per_call
+    drawing = Drawing(
+        writer.vocabulary_size, max_new_tokens, temperature, top_k, top_p, stop_tokens, seed
     )
+    pieces = write(model, prompts, inputs, drawing, tokens_per_call)
     return _deliver(pieces, single, decode or (lambda tokens: tokens))
 
 
@@ -155,33 +142,7 @@ def _is_single(prompt):
 
 def _check_prompts(prompts, vocabulary_size):
     """The list of the prompts as arrays."""
-    prompts = [np.asarray(x) for x in prompts]
+    prompts = list(prompts)
     if not prompts:
         raise ValueError("Argument `prompt` must hold at least one token. Received: none")
-    for x in prompts:
-        if not (x.ndim == 1 and x.size and _are_tokens(x, vocabulary_size)):
-            raise ValueError(
-                "Argument `prompt` must be a sequence of integers from 0 to "
-                f"{vocabulary_size - 1}, not empty, or a list of such. Received: {x}"
-            )
-    return prompts
-
-
-def _check_stop_tokens(stop_tokens, vocabulary_size):
-    """The stop tokens as an array."""
-    unordered = isinstance(stop_tokens, set | frozenset)
-    tokens = np.asarray(list(stop_tokens) if unordered else stop_tokens)
-    if tokens.ndim > 1 or not (tokens.size == 0 or _are_tokens(tokens, vocabulary_size)):
-        raise ValueError(
-            f"Argument `stop_tokens` must be integers from 0 to {vocabulary_size - 1}, or one. "
-            f"Received: stop_tokens={stop_tokens!r}"
-        )
-    return np.ravel(tokens)
-
-
-def _are_tokens(x, vocabulary_size):
-    return np.issubdtype(x.dtype, np.integer) and x.min() >= 0 and x.max() < vocabulary_size
-
-
-def _is_natural(x):
-    return isinstance(x, int | np.integer) and x >= 0
+    return [check_prompt(x, vocabulary_size) for x in prompts]

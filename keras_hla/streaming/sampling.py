@@ -28,8 +28,9 @@ def sample(logits, uniform, inverse, top_p, top_k):
     Args:
         logits: tensor of shape `(batch, vocabulary)`, float32 or float64, as is computed in.
         uniform: tensor of shape `(batch,)`, in [0, 1).
-        inverse: tensor of shape `(2,)`, that of the temperature.
-        top_p: scalar tensor in (0, 1]: only the most likely tokens that together reach it.
+        inverse: tensor of shape `(2,)`, that of the temperature; or `(2, batch, 1)`, of each row.
+        top_p: scalar tensor in (0, 1], or of shape `(batch, 1)`: only the most likely tokens that
+            together reach it.
         top_k: number of the most likely tokens to draw from; 1 is greedy, `None` is all, in the
             order of the vocabulary, where `top_p` is not looked at.
 

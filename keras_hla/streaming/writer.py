@@ -31,20 +31,20 @@ def writer_of(model):
     return writer
 
 
-def write(model, prompts, inputs, max_new_tokens, options, stop_tokens, seed, tokens_per_call):
+def write(model, prompts, inputs, drawing, tokens_per_call):
     """Yields lists of the new tokens of each prompt."""
-    top_k, *numbers = options
-    generators = np.random.default_rng(seed).spawn(len(prompts))
+    numbers = drawing.inverse, drawing.share
+    generators = drawing.generators(len(prompts))
     state = writer_of(model).read(prompts, inputs)
     live = np.ones(len(prompts), bool)
-    for begin in range(0, max_new_tokens, tokens_per_call):
+    for begin in range(0, drawing.max_new_tokens, tokens_per_call):
         uniform = np.stack([g.random(tokens_per_call, "float32") for g in generators])
         entries = (uniform.T, *(np.array([x] * tokens_per_call, "float32") for x in numbers))
         # The model may change from piece to piece.
-        tokens, state = writer_of(model).draw(state, entries, top_k)
+        tokens, state = writer_of(model).draw(state, entries, drawing.candidates)
         piece = []
-        for row, drawn in enumerate(tokens.T[:, : max_new_tokens - begin]):
-            ends = np.flatnonzero(np.isin(drawn, stop_tokens))
+        for row, drawn in enumerate(tokens.T[:, : drawing.max_new_tokens - begin]):
+            ends = np.flatnonzero(np.isin(drawn, drawing.stops))
             count = ends[0] + 1 if ends.size else len(drawn)
             piece.append(drawn[: count if live[row] else 0])
             live[row] &= not ends.size
@@ -69,11 +69,13 @@ class Writer:
         self._tokens_dtype = call.inputs[self._tokens_name].dtype
         self._logits_name = call.output_names[0]
         self.vocabulary_size = call.model.outputs[0].shape[-1]
-        self._constants = {n: x for n, x in call.inputs.items() if n not in call.sequences}
-        self._stream = streaming_model(model)
+        dtype = keras.backend.standardize_dtype(call.model.outputs[0].dtype)
+        self.logits_dtype = keras.backend.result_type(dtype, "float32")
+        self.constants = {n: x for n, x in call.inputs.items() if n not in call.sequences}
+        self.stream = streaming_model(model)
         # What a step takes from the one before, beside the logits.
-        self._names = [*self._stream.state_names, *self._constants]
-        self._read = compiled(self._read_piece, self._stream.variables)
+        self.names = [*self.stream.state_names, *self.constants]
+        self.read_piece = compiled(self.trace_piece, self.stream.variables)
         self._loops = {}  # compiled, by `top_k` and batch size
 
     def check_inputs(self, inputs, count):
@@ -84,14 +86,14 @@ class Writer:
             count: number of prompts, or `None` for a single one, whose inputs have no batch axis.
         """
         inputs = {} if inputs is None else inputs
-        if not isinstance(inputs, dict) or set(inputs) != set(self._constants):
+        if not isinstance(inputs, dict) or set(inputs) != set(self.constants):
             received = sorted(inputs) if isinstance(inputs, dict) else inputs
             raise ValueError(
                 "Argument `inputs` must be a dictionary of the inputs of the model that are not "
-                f"sequences, {sorted(self._constants)}. Received: {received}"
+                f"sequences, {sorted(self.constants)}. Received: {received}"
             )
         batch = {}
-        for name, expected in self._constants.items():
+        for name, expected in self.constants.items():
             x = ops.convert_to_tensor(inputs[name], expected.dtype)
             single = count is None
             check_shape(f"inputs['{name}']", x, (*[count][single:], *expected.shape[1:]))
@@ -108,11 +110,11 @@ class Writer:
         for row, prompt in enumerate(prompts):  # at the end, so that all have it at one place
             tokens[row, length - prompt.size :] = prompt
             mask[row, length - prompt.size :] = True
-        states = self._stream.initial_state(len(prompts)) | inputs
+        states = self.stream.initial_state(len(prompts)) | inputs
         for begin in range(0, length, size):
             piece = (ops.convert_to_tensor(x[:, begin : begin + size]) for x in (tokens, mask))
-            logits, states = self._read(*piece, states)
-        return logits, *(states[name] for name in self._names)
+            logits, states = self.read_piece(*piece, states)
+        return logits, *(states[name] for name in self.names)
 
     def draw(self, state, entries, top_k):
         """The next tokens, an array `(entries, batch)`, and the state after them.
@@ -125,7 +127,7 @@ class Writer:
         key = (top_k, state[0].shape[0])
         if key not in self._loops:
             step = self._step(top_k)
-            self._loops[key] = compiled_scan(step, self._stream.variables, "int32")
+            self._loops[key] = compiled_scan(step, self.stream.variables, "int32")
         tokens, state = self._loops[key](state, tuple(map(ops.convert_to_tensor, entries)))
         return ops.convert_to_numpy(tokens), state
 
@@ -134,18 +136,24 @@ class Writer:
             logits, *values = state
             uniform, inverse, top_p = entries
             token = sample(logits, uniform, inverse, top_p, top_k)
-            states = dict(zip(self._names, values, strict=True))
-            logits, states = self._read_piece(at_least(token, 0)[:, None], None, states)
-            return token, (logits, *(states[name] for name in self._names))
+            states = dict(zip(self.names, values, strict=True))
+            logits, states = self.trace_piece(at_least(token, 0)[:, None], None, states)
+            return token, (logits, *(states[name] for name in self.names))
 
         return step
 
-    def _read_piece(self, tokens, mask, states):
+    def trace_piece(self, tokens, mask, states):
+        """The logits of the last token of each row, and the states after the piece.
+
+        Args:
+            tokens: integer tensor of shape `(batch, length)`.
+            mask: boolean tensor of the same shape, or `None`.
+            states: dictionary of the states before the piece, and of the further inputs.
+        """
         tokens = ops.cast(tokens, self._tokens_dtype)
-        outputs = self._stream.step({self._tokens_name: tokens, "mask": mask} | states)
+        outputs = self.stream.step({self._tokens_name: tokens, "mask": mask} | states)
         logits = outputs.pop(self._logits_name)[:, -1]
-        dtype = keras.backend.result_type(logits.dtype, "float32")
-        return ops.cast(logits, dtype), states | outputs
+        return ops.cast(logits, self.logits_dtype), states | outputs
 
 
 def _find_tokens(call):
