@@ -39,7 +39,7 @@ class Copies(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-@pytest.mark.parametrize("given", ["nothing", "mask", "segments", "both"])
+@pytest.mark.parametrize("given", ["nothing", "mask", "both"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_no_number_is_copied(name, given):
     make, options = LAYERS[name]
@@ -49,7 +49,7 @@ def test_no_number_is_copied(name, given):
     arguments = {}
     if given in ("mask", "both"):
         arguments["mask"] = torch.rand(2, 40) < 0.7
-    if given in ("segments", "both"):
+    if given == "both":
         arguments["segment_ids"] = torch.arange(40).repeat(2, 1) // 15
 
     def step():
