@@ -90,6 +90,11 @@ def report(arguments, rows):
         assert worst < limit, f"{count} devices differ from one: {differences}"
 
 
+def relative(x, y):
+    """RMS of the difference over RMS of `y`."""
+    return (((x - y) ** 2).mean() / (y**2).mean()) ** 0.5
+
+
 def median_time(step, wait):
     """Median seconds of a step, of means over consecutive steps.
 

@@ -4,7 +4,7 @@ import torch
 from torch import distributed
 
 from benchmarks import collectives, processes
-from benchmarks.one_sequence import attend, median_time
+from benchmarks.one_sequence import attend, median_time, relative
 
 
 def run(arguments):
@@ -23,7 +23,8 @@ def _measure(rank, device, count, arguments):
         parts = [torch.empty_like(own) for _ in range(count)]
         distributed.all_gather(parts, own.contiguous())
         if rank == 0:
-            differences.append(relative(torch.cat(parts, dim=1).float(), whole[i].float()))
+            difference = relative(torch.cat(parts, dim=1).float(), whole[i].float())
+            differences.append(difference.item())
     del whole, parts
     memory, on_gpus = None, device.type == "cuda"
     if on_gpus:
@@ -37,11 +38,6 @@ def _measure(rank, device, count, arguments):
     if on_gpus:
         memory = torch.cuda.max_memory_allocated() - before
     return count, processes.name_of(device), seconds, memory, differences, exchanged.total
-
-
-def relative(x, y):
-    """RMS of the difference over RMS of `y`."""
-    return float(((x - y).square().mean() / y.square().mean()).sqrt())
 
 
 def draw(arguments, device):
