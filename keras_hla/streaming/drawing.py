@@ -77,6 +77,18 @@ def check_prompt(prompt, vocabulary_size):
     return x
 
 
+def check_input_names(inputs, names):
+    """The further inputs of a model, a dictionary with these names; `None` is an empty one."""
+    inputs = {} if inputs is None else inputs
+    if not isinstance(inputs, dict) or set(inputs) != set(names):
+        received = sorted(inputs) if isinstance(inputs, dict) else inputs
+        raise ValueError(
+            "Argument `inputs` must be a dictionary of the inputs of the model that are not "
+            f"sequences, {sorted(names)}. Received: {received}"
+        )
+    return inputs
+
+
 def _check_stop_tokens(stop_tokens, vocabulary_size):
     """The stop tokens as a tuple."""
     unordered = isinstance(stop_tokens, set | frozenset)

@@ -1,7 +1,7 @@
 """Continuous batching: sessions that join and leave a running batch."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import time
 from typing import Any
 
@@ -100,7 +100,7 @@ class Scheduler:
         top_p: float | None = None,
         stop_tokens: int | Sequence[int] = (),
         seed: int | None = None,
-        inputs: Mapping[str, Tensor] | None = None,
+        inputs: dict[str, Tensor] | None = None,
         after: SavedSession | None = None,
         keep: bool = False,
     ) -> Session:

@@ -8,6 +8,7 @@ from keras import ops
 import numpy as np
 
 from keras_hla.checks import check_shape
+from keras_hla.streaming.drawing import check_input_names
 from keras_hla.types import Tensor
 
 
@@ -87,20 +88,14 @@ class TokenReader(abc.ABC):
             for name, (shape, dtype) in self.states.items()
         }
 
-    def start(self, inputs: Mapping[str, Tensor] | None = None) -> dict[str, np.ndarray]:
+    def start(self, inputs: dict[str, Tensor] | None = None) -> dict[str, np.ndarray]:
         """Returns the states of a new session, with its further inputs, as arrays.
 
         Args:
             inputs: Dictionary of the further inputs, without the batch axis.
         """
-        inputs = inputs or {}
-        if set(inputs) != set(self.inputs):
-            raise ValueError(
-                "Argument `inputs` must be a dictionary of the inputs of the model that are not "
-                f"sequences, {sorted(self.inputs)}. Received: {sorted(inputs)}"
-            )
         states = self.initial_state(1)
-        for name, x in inputs.items():
+        for name, x in check_input_names(inputs, self.inputs).items():
             array = ops.convert_to_numpy(x)
             check_shape(f"inputs['{name}']", array, self.inputs[name][0])
             states[name] = array[None].astype(states[name].dtype)

@@ -7,6 +7,7 @@ import numpy as np
 from keras_hla.backend.compiling import compiled, compiled_scan
 from keras_hla.backend.tensors import at_least
 from keras_hla.checks import check_shape
+from keras_hla.streaming.drawing import check_input_names
 from keras_hla.streaming.model_call import ModelCall
 from keras_hla.streaming.sampling import sample
 from keras_hla.streaming.snapshot import Snapshot
@@ -85,14 +86,7 @@ class Writer:
             inputs: dictionary of arrays, or `None`.
             count: number of prompts, or `None` for a single one, whose inputs have no batch axis.
         """
-        inputs = {} if inputs is None else inputs
-        if not isinstance(inputs, dict) or set(inputs) != set(self.constants):
-            received = sorted(inputs) if isinstance(inputs, dict) else inputs
-            raise ValueError(
-                "Argument `inputs` must be a dictionary of the inputs of the model that are not "
-                f"sequences, {sorted(self.constants)}. Received: {received}"
-            )
-        batch = {}
+        inputs, batch = check_input_names(inputs, self.constants), {}
         for name, expected in self.constants.items():
             x = ops.convert_to_tensor(inputs[name], expected.dtype)
             single = count is None
