@@ -13,7 +13,7 @@ _reduce_scatter = getattr(distributed, "reduce_scatter_single", distributed.redu
 
 def all_gather(x, group):
     """The tensors of all processes of a group, stacked along a new first axis."""
-    # `AllGather` alone has a CPU overhead.
+    # Without gradients there is no need of `AllGather`, which has a CPU overhead.
     return AllGather.apply(x, group) if x.requires_grad else _stacked(x, group)
 
 

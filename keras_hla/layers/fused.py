@@ -11,11 +11,11 @@ from keras import ops
 from keras.src.backend import AutocastScope  # which has no public name
 
 from keras_hla.backend.compiling import is_torch_compiling
-from keras_hla.backend.tensors import count_up, pad_axis, where
+from keras_hla.backend.tensors import count_up, pad_axis
 from keras_hla.inputs import arrange_log_decay
 from keras_hla.masking import compacted_places
 from keras_hla.scan import least_log_decay
-from keras_hla.stages import last_window, norm
+from keras_hla.stages import last_window, norm, of_last_segment
 from keras_hla.stages.rotary import rotation_from_start
 
 # Of layers: by what is recorded, and the names of its inputs.
@@ -93,7 +93,7 @@ def mix_with_states(layer, states, sequences, starts):
     if cell.conv_kernel_size is not None:
         if starts is not None:
             segments = inputs["segments"][:, 1 - cell.conv_kernel_size :]
-            after[-1] = where((segments == segments[:, -1:])[..., None], after[-1], 0)
+            after[-1] = of_last_segment(after[-1], segments)
         after[-1] = ops.cast(after[-1], cell.state_dtype)
     return output, after if angles is None else [*after, position]
 

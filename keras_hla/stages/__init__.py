@@ -6,12 +6,12 @@ portable form, in `keras.ops`, and with `fused=True` one by kernels, that comput
 
 import keras
 
-from keras_hla.stages.convolution import convolve, last_window
+from keras_hla.stages.convolution import convolve, last_window, of_last_segment
 from keras_hla.stages.gate import gate
 from keras_hla.stages.norm import rms_norm
 from keras_hla.stages.rotary import rotate
 
-__all__ = ["are_fused", "convolve", "gate", "last_window", "rms_norm", "rotate"]
+__all__ = ["are_fused", "convolve", "gate", "last_window", "of_last_segment", "rms_norm", "rotate"]
 
 
 def are_fused(implementation):

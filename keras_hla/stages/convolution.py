@@ -55,7 +55,12 @@ def last_window(x, size, window=None, mask=None, starts=None):
     if starts is None:
         return end
     segments = _end(_row(_segments(mask, starts), size, None), size, mask)
-    return where((segments == segments[:, -1:])[..., None], end, 0)
+    return of_last_segment(end, segments)
+
+
+def of_last_segment(x, segments):
+    """`x`, but zeros where a token is of another segment than the last one."""
+    return where((segments == segments[:, -1:])[..., None], x, 0)
 
 
 def _portable(x, kernel, activation, window, segments):
