@@ -6,6 +6,10 @@ import tempfile
 import torch
 from torch import distributed
 
+# Its default arguments keep the group that exists when it is imported, and the threads of a group
+# that lives on may abort an interpreter that exits.
+import torch.distributed.nn.functional
+
 
 def spawn(function, count, most, *arguments):
     """What `function(rank, device, *arguments)` returns in the first of `count` processes.

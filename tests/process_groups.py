@@ -17,7 +17,7 @@ def _call(rank, function, count, folder, arguments):
     torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=count)
     function(rank, *arguments)
     torch.distributed.destroy_process_group()
-    # PyTorch's caches of compiled and sharded functions hold groups, the threads of which may abort
-    # an interpreter that exits.
+    # PyTorch's caches of sharded functions hold groups, the threads of which may abort an
+    # interpreter that exits.
     sys.stdout.flush()
     os._exit(0)
