@@ -37,7 +37,7 @@ import jax  # noqa: E402
 import jax_triton  # noqa: E402
 import keras  # noqa: E402
 
-from keras_hla import distribution, layers, stages  # noqa: E402
+from keras_hla import distribution, layers, ops, stages  # noqa: E402
 from keras_hla.kernels import device  # noqa: E402
 from keras_hla.kernels.operator import plan  # noqa: E402
 
@@ -91,14 +91,20 @@ x = jax.ShapeDtypeStruct((1, 100, 16), "bfloat16")
 segments = jax.ShapeDtypeStruct((1, 100), "int32")
 
 
-def lower(loss):
-    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(weights, x, segments)
+def lower(loss, *arguments):
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*arguments)
     lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "triton_kernel_call" in lowered
 
 
-lower(loss)
+lower(loss, weights, x, segments)
 print(*sorted(set(launches)))
+
+# Passes that add to their outputs: what they add up, and the queries.
+for options in {"ridge": 0.3}, {"ridge": 0.3, "masked": False}:
+    attend = functools.partial(ops.higher_order_attention, implementation="triton", **options)
+    query, key = (jax.ShapeDtypeStruct((1, 100, n, 16), "bfloat16") for n in (2, 1))
+    lower(lambda *x, f=attend: f(*x).astype("float32").sum(), query, key, key)
 
 # On each of as many devices as there are: JAX asks of results along which axes they differ.
 mesh = jax.sharding.Mesh(jax.devices(), ("parts",))
@@ -110,5 +116,8 @@ lower(
         mesh=mesh,
         in_specs=(jax.P(), part, part),
         out_specs=jax.P(),
-    )
+    ),
+    weights,
+    x,
+    segments,
 )

@@ -82,7 +82,15 @@ def test_block_that_drops(rng):
 
 @by_kernels
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("options", [{}, {"operator": "hla3", "use_bias": True, "decay": None}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"operator": "hla3", "use_bias": True, "decay": None},
+        {"ridge": 0.3},
+        {"ridge": 0.3, "masked": False},
+    ],
+)
 def test_parts_of_a_long_sequence(rng, monkeypatch, options, packed):
     """They are one function each, and with their states between them the whole."""
     options = {"num_key_value_heads": 2, "conv_kernel_size": 3, "output_gate": "silu", **options}

@@ -70,15 +70,16 @@ def test_a_launch_is_compiled_for_each_dtype_of_its_inputs():
     assert kernel.compiled_for == [torch.float32, torch.bfloat16]
 
 
-def test_within_what_torch_compiles(rng):
+@pytest.mark.parametrize("options", [{}, {"ridge": 0.3}, {"ridge": 0.3, "masked": False}])
+def test_within_what_torch_compiles(rng, options):
     inputs, _ = draw(rng, 40, "none", dim=16, value_dim=16)
 
     def function(q, k, v):
-        return 2 * ops.higher_order_attention(q, k, v, **KERNELS)
+        return 2 * ops.higher_order_attention(q, k, v, **options, **KERNELS)
 
-    expected = Reference(serial, "hla2", inputs, None)
+    expected = Reference(serial, "hla2", inputs, None, **options)
     tensors = to_tensors(inputs)
-    output = torch.compile(function, backend="aot_eager")(*tensors)
+    output = torch.compile(function, backend="aot_eager", fullgraph=True)(*tensors)
     found = torch.autograd.grad(output.sum(), tensors)
     assert relative_error(output.detach(), 2 * expected.output) <= FORWARD
     for a, e in zip(found, expected.gradients(np.full(output.shape, 2.0)), strict=True):
