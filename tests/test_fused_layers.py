@@ -88,7 +88,6 @@ def test_block_that_drops(rng):
         {},
         {"operator": "hla3", "use_bias": True, "decay": None},
         {"ridge": 0.3},
-        {"ridge": 0.3, "masked": False},
     ],
 )
 def test_parts_of_a_long_sequence(rng, monkeypatch, options, packed):
