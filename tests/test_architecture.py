@@ -29,9 +29,7 @@ MAY_IMPORT = {
     "kernels.passes": "backend",
     "kernels.operator": "backend kernels.launching kernels.device kernels.passes",
     "kernels.stages": "kernels.launching kernels.device",
-    "kernels.cuda_graphs": "",
-    "kernels.fusion": "kernels.cuda_graphs kernels.launching kernels.operator kernels.passes "
-    "kernels.stages",
+    "kernels.fusion": "backend kernels.launching kernels.operator kernels.passes kernels.stages",
     # What a layer does before and after its operator: portable, or by kernels.
     "stages": "backend masking precision kernels.stages",
     # From public tensors to outputs and states.
@@ -41,8 +39,7 @@ MAY_IMPORT = {
     # Which implementation is taken, and the proof of kernels on a GPU that is not known.
     "kernels.small_cases": "evaluate inputs kernels.stages precision stages",
     "kernels.proof": "backend kernels.device kernels.small_cases operators stages",
-    "kernels": "backend checks operators kernels.cuda_graphs kernels.device kernels.passes "
-    "kernels.proof types",
+    "kernels": "backend checks operators kernels.device kernels.passes kernels.proof types",
     # What users call.
     "layers": "backend checks evaluate inputs kernels kernels.fusion masking operators precision "
     "scan stages types",
