@@ -78,6 +78,7 @@ ONLY = {
         ("tensorflow", "jax"),
         "TensorFlow writes PyTorch's SavedModels, and has their tests",
     ),
+    "test_token_kernel.py": (("torch",), "without a GPU PyTorch alone runs the kernels"),
     "test_torch_module.py": (("torch",), "other backends replace no parameters"),
     "test_torch_compile.py": (("torch",), "only PyTorch has `torch.compile`"),
 }
