@@ -76,6 +76,7 @@ class LoopRecording:
         self._inputs = [x.clone() for x in (*state, *inputs)]
         self._prepared = prepare(*values)
         self._versions = _versions(values)
+        self._storages = [x.untyped_storage() for x in values]  # or others may take their addresses
         state, inputs = self._inputs[: len(state)], self._inputs[len(state) :]
         self._graph, self._result = self._pool.record(lambda: run(self._prepared, state, inputs))
 
