@@ -53,6 +53,22 @@ class Signal:
         return keras.ops.convert_to_tensor(values.astype("float32"), self.dtype)
 
 
+def signal_of_shapes(one, two, varies):
+    """The signal of an output of an operation that is known to stream.
+
+    Args:
+        one: the output for one step.
+        two: the output for two steps.
+        varies: whether it depends on a sequence.
+    """
+    shape, dtype = tuple(one.shape), keras.backend.standardize_dtype(one.dtype)
+    axes = [i for i, n in enumerate(two.shape) if n != shape[i]]
+    if not axes:
+        return Signal(shape, dtype, of_last_step=varies)
+    (axis,) = axes
+    return Signal((*shape[:axis], 1, *shape[axis + 1 :]), dtype, axis, shape[axis])
+
+
 def signal_of(whole, first, last, length, varies):
     """The signal of an output, given as arrays for the whole and its two pieces.
 
