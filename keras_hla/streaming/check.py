@@ -6,7 +6,7 @@ import keras
 from keras import tree
 import numpy as np
 
-from keras_hla.backend.compiling import stateless, traced
+from keras_hla.backend.compiling import compiled_for_one_call, stateless, traced
 from keras_hla.layers.hla import HLA
 from keras_hla.layers.hla_decoder_block import HLADecoderBlock
 from keras_hla.layers.state_scope import StateScope
@@ -42,7 +42,10 @@ def check_streams(model):
     }
     _Trial().visit(call.model, call.arrange_inputs(inputs))
     rng = np.random.default_rng(0)
-    pieces = {name: signal.draw(rng, 1)[0] for name, signal in inputs.items()}
+    pieces = {
+        name: keras.ops.convert_to_tensor(signal.draw(rng, 1)[0], signal.dtype)
+        for name, signal in inputs.items()
+    }
     return traced(call, pieces)[1]
 
 
@@ -75,17 +78,15 @@ class _Trial:
     def _try(self, operation, args, kwargs, signals):
         run = _function(operation, args, kwargs, self._rng)
         length = _length(operation, signals)
-        whole, first, last = zip(*(x.draw(self._rng, length) for x in signals), strict=True)
+        pieces = map(list, zip(*(x.draw(self._rng, length) for x in signals), strict=True))
         try:
-            whole, _ = run(list(whole), None)
-            first, states = run(list(first), None)
-            last, _ = run(list(last), states)
+            outputs = run(*pieces)
         except Exception as error:
             # Keras puts another in its place, with all arguments of the call.
             reason = error.__context__ if error.__suppress_context__ else error
             raise _refusal(operation, f"which cannot read a piece: {reason}") from error
         varies = any(x.varies for x in signals)
-        outputs = [signal_of(*x, length, varies) for x in zip(whole, first, last, strict=True)]
+        outputs = [signal_of(*x, length, varies) for x in zip(*outputs, strict=True)]
         if None in outputs:
             raise _refusal(
                 operation,
@@ -111,30 +112,44 @@ def _graph(operation):
 
 
 def _function(operation, args, kwargs, rng):
-    """`f(tensors, states)`: the outputs and the new states, with tensors in the place of signals.
+    """`f(whole, first, last)`: lists of the outputs for lists of arrays in the place of signals.
 
     Its weights differ from those of the operation: one that is zero hides nothing then.
     """
     variables = [v for v in getattr(operation, "variables", []) if "float" in v.dtype]
-    values = [
-        v.value + keras.ops.cast(0.05 * np.abs(rng.standard_normal(v.shape)), v.dtype)
-        for v in variables
-    ]
+    values = [v.value for v in variables]
+    shifts = [rng.random(v.shape, "float32") for v in variables]
     if "training" in inspect.signature(operation.call).parameters:
         kwargs = kwargs | {"training": False}
 
-    def run(tensors, states):
-        tensors = iter(tensors)
+    def call(arrays, states=None):
+        arrays = iter(arrays)
         filled_args, filled_kwargs = tree.map_structure(
-            lambda x: next(tensors) if isinstance(x, Signal) else x, (args, kwargs)
+            lambda x: _tensor(next(arrays), x.dtype) if isinstance(x, Signal) else x,
+            (args, kwargs),
         )
         with StateScope(states) as scope:
             outputs = operation(*filled_args, **filled_kwargs)
         return tree.flatten(outputs), scope.states
 
-    # JAX compiles longer than it takes for most layers, one operation after the other.
-    call = stateless(run, variables, jit=_has_states(operation))
-    return lambda tensors, states: call(values, tensors, states)
+    def call_with_pieces(whole, first, last):
+        whole, _ = call(whole)
+        first, states = call(first)
+        return whole, first, call(last, states)[0]
+
+    with_values = stateless(call_with_pieces, variables)
+
+    # Compiled as one, since JAX takes longer to compile operation after operation.
+    @compiled_for_one_call
+    def run(values, shifts, *pieces):
+        shifted = [x + 0.1 * _tensor(s, x.dtype) for x, s in zip(values, shifts, strict=True)]
+        return with_values(shifted, *pieces)
+
+    return lambda *pieces: run(values, shifts, *pieces)
+
+
+def _tensor(array, dtype):
+    return keras.ops.cast(keras.ops.convert_to_tensor(array), dtype)
 
 
 def _parts(operation):
