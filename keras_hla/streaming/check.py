@@ -7,7 +7,7 @@ import keras
 from keras import tree
 import numpy as np
 
-from keras_hla.backend.compiling import stateless, traced
+from keras_hla.backend.compiling import compiled_for_one_call, stateless, traced
 from keras_hla.layers.hla import HLA
 from keras_hla.layers.hla_decoder_block import HLADecoderBlock
 from keras_hla.layers.state_scope import StateScope
@@ -17,7 +17,6 @@ from keras_hla.streaming.signal import ROWS, Signal, signal_of, signal_of_shapes
 # An operation is tried with one of these numbers of steps and one step more. They are prime, so
 # that no period of positions goes unnoticed; and the last, alone, must not miss those before it.
 _LENGTHS = (13, 31, 101, 601)
-_NOISE = 10_007  # random numbers, prime, that are repeated: large weights need many
 _MOST_ELEMENTS, _MOST_PRODUCTS = 2**22, 2**30  # in the longest trial that is worth its time
 # Layers that act on each time step alone, or stream, if they can read a piece.
 _KNOWN = (HLA, HLADecoderBlock, keras.layers.Dense, keras.layers.Dropout, keras.layers.Embedding)
@@ -47,7 +46,7 @@ def check_streams(model):
     }
     _Trial().visit(call.model, call.arrange_inputs(inputs))
     rng = np.random.default_rng(0)
-    pieces = {name: signal.draw(rng, 1)[0] for name, signal in inputs.items()}
+    pieces = {name: _tensor(x.draw(rng, 1)[0], x.dtype) for name, x in inputs.items()}
     return traced(call, pieces)[1]
 
 
@@ -79,11 +78,11 @@ class _Trial:
 
     def _trust(self, operation, args, kwargs, signals):
         """The signals that a layer gives, from shapes alone."""
-        run = _function(operation, args, kwargs)
+        call = _function(operation, args, kwargs)
         with _refusing(operation):
             one, two = (
                 traced(
-                    lambda *piece: run(piece, None)[0],
+                    lambda *arrays: call(arrays)[0],
                     *(x.draw(self._rng, length - 1)[0] for x in signals),
                 )
                 for length in (1, 2)
@@ -94,19 +93,17 @@ class _Trial:
     def _try(self, operation, args, kwargs, signals):
         run = _with_other_weights(operation, _function(operation, args, kwargs), self._rng)
         length = _length(operation, signals)
-        whole, first, last = zip(*(x.draw(self._rng, length) for x in signals), strict=True)
+        pieces = zip(*(x.draw(self._rng, length) for x in signals), strict=True)
         with _refusing(operation):
-            whole, _ = run(list(whole), None)
-            first, states = run(list(first), None)
-            last, _ = run(list(last), states)
+            whole, first, last = run(*pieces)
         varies = any(x.varies for x in signals)
-        outputs = [signal_of(*x, length, varies) for x in zip(whole, first, last, strict=True)]
-        if None in outputs:
+        found = [signal_of(*x, length, varies) for x in zip(whole, first, last, strict=True)]
+        if None in found:
             raise _refusal(
                 operation,
                 "whose outputs for a piece of a sequence are not those that it has in the whole",
             )
-        return outputs
+        return found
 
 
 @contextlib.contextmanager
@@ -154,30 +151,50 @@ def _is_from(packages, x):
 
 
 def _function(operation, args, kwargs):
-    """`f(tensors, states)`: outputs and new states, with tensors in the place of signals."""
+    """`f(arrays, states)`: outputs and new states, with arrays in the place of signals."""
     if "training" in inspect.signature(operation.call).parameters:
         kwargs = kwargs | {"training": False}
 
-    def run(tensors, states):
-        tensors = iter(tensors)
+    def call(arrays, states=None):
+        arrays = iter(arrays)
         filled_args, filled_kwargs = tree.map_structure(
-            lambda x: next(tensors) if isinstance(x, Signal) else x, (args, kwargs)
+            lambda x: _tensor(next(arrays), x.dtype) if isinstance(x, Signal) else x,
+            (args, kwargs),
         )
         with StateScope(states) as scope:
             outputs = operation(*filled_args, **filled_kwargs)
         return tree.flatten(outputs), scope.states
 
-    return run
+    return call
 
 
-def _with_other_weights(operation, run, rng):
-    """A function of `_function`, with other weights: one that is zero hides nothing then."""
+def _with_other_weights(operation, call, rng):
+    """`f(whole, first, last)`: the outputs for arrays, with other weights than the operation has.
+
+    One that is zero hides nothing then.
+    """
     variables = [v for v in getattr(operation, "variables", []) if "float" in v.dtype]
-    noise = 0.05 * np.abs(rng.standard_normal(_NOISE)).astype("float32")
-    values = [v.value + keras.ops.cast(np.resize(noise, v.shape), v.dtype) for v in variables]
-    # JAX compiles longer than it takes for most layers, one operation after the other.
-    call = stateless(run, variables, jit=_has_states(operation))
-    return lambda tensors, states: call(values, tensors, states)
+    values = [v.value for v in variables]
+    shifts = [rng.random(v.shape, "float32") for v in variables]
+
+    def call_with_pieces(whole, first, last):
+        whole, _ = call(whole)
+        first, states = call(first)
+        return whole, first, call(last, states)[0]
+
+    with_values = stateless(call_with_pieces, variables)
+
+    # Compiled as one, since JAX takes longer to compile operation after operation.
+    @compiled_for_one_call
+    def run(values, shifts, *pieces):
+        shifted = [x + 0.1 * _tensor(s, x.dtype) for x, s in zip(values, shifts, strict=True)]
+        return with_values(shifted, *pieces)
+
+    return lambda *pieces: run(values, shifts, *pieces)
+
+
+def _tensor(array, dtype):
+    return keras.ops.cast(keras.ops.convert_to_tensor(array), dtype)
 
 
 def _parts(operation):
