@@ -17,6 +17,7 @@ from split_sequence import collectives_of_program
 
 from keras_hla import layers
 from keras_hla.kernels import device
+from keras_hla.operators import HLA2, HLA2Unmasked
 from keras_hla.ops import higher_order_attention
 
 BATCH, LENGTH, DIM, VALUE_DIM = 4, 20, 8, 6
@@ -30,6 +31,8 @@ CASES = {
     "shared keys": ("hla2", 4, 2, (False, True), ("rows", "columns")),
     "one key": ("hla2", 4, 1, (False, False), ("rows", "columns")),
     "heads that do not divide": ("linear", 3, 3, (True, False), ("rows", "columns")),
+    "ridge": (HLA2(ridge=0.3), 4, 2, (True, True), ("rows", "columns")),
+    "unmasked": (HLA2Unmasked(ridge=0.3), 4, 2, None, ("rows", "columns")),
 }
 
 

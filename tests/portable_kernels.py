@@ -50,13 +50,14 @@ def sums_of(log_decay, power):
 
 def operands(x, state):
     """The arguments of `attend`, with a key for each query head."""
-    batch, length, heads, _ = x.query.shape
+    query = jnp.repeat(x.query, x.QUERY_GROUP, axis=2)
+    batch, length, heads, _ = query.shape
     key = jnp.repeat(x.key, x.KEY_GROUP, axis=2)
     value = jnp.repeat(x.value, x.VALUE_GROUP, axis=2)
     log_decay = decays_of(x, batch, length)
     if state is None:
         state = jnp.zeros((batch, heads, x.VALUE_DIM, x.DIM), "float32")
-    return x.query, key, value, log_decay, state
+    return query, key, value, log_decay, state
 
 
 def decays_of(x, batch, length):
@@ -70,6 +71,9 @@ def forward_kernel(x):
     """Of the states before chunks it returns only the first."""
     arguments = operands(x, x.entering[:, :, 0] if x.ENTERING else None)
     output, last = attend(*arguments, x.POWER)
+    output *= x.SCALE
+    if x.FACTOR:
+        output += x.FACTOR * jnp.repeat(x.added, x.ADDED_GROUP, axis=2)
     chunk_states = None
     if x.SAVE:
         chunk_states = jnp.zeros(x.shapes[2].shape, "float32").at[:, :, 0].set(arguments[-1])
@@ -77,13 +81,17 @@ def forward_kernel(x):
 
 
 def backward_kernel(x):
-    """Where keys are the values, the gradient of keys is that of both."""
+    """Where keys are the values, or the queries, the gradient is that of both."""
     arguments = operands(x, x.chunk_states[:, :, 0])
     (_, last), pull = jax.vjp(lambda *tensors: attend(*tensors, x.POWER), *arguments)
     of_last = x.entering.reshape(last.shape) if x.ENTERING else jnp.zeros_like(last)
-    dquery, dkey, dvalue, dlog_decay, dstate = pull((x.gradient, of_last))
+    dquery, dkey, dvalue, dlog_decay, dstate = pull((x.SCALE * x.gradient, of_last))
     if x.SAME:
         dkey, dvalue = dkey + dvalue, None
+    if x.KEY_IS_QUERY:
+        dquery, dkey = dquery + dkey, None
+    if x.QUERY_FACTOR:
+        dquery += x.QUERY_FACTOR * x.SCALE * x.gradient
     dquery = dquery + x.dquery_before if x.ADD_QUERY else dquery
     dkey = dkey + x.dkey_before if x.ADD_KEY else dkey
     flows = in_chunks(dlog_decay, x.shapes[3].shape) if x.DECAYS else None
@@ -120,6 +128,8 @@ def span_kernel(x):
     weights = exp(total if x.REVERSE else total[..., -1:] - total)
     key = jnp.repeat(key, x.heads // key.shape[2], axis=2)
     value = jnp.repeat(value, x.heads // value.shape[2], axis=2)
+    if x.REVERSE:
+        value = x.SCALE * value
     whole = exp(total[..., -1]) if x.DECAYS else None
     return jnp.einsum("bshd,bshe,bhs->bhed", key, value, weights), whole
 

@@ -70,6 +70,8 @@ CASES = {
     "kernels": by_kernels("hla2", segments="anywhere", mask=True),
     "kernels of ahla": by_kernels("ahla", split=2, decay="none"),
     "kernels of hla3": by_kernels("hla3", decay="constant", state=False),
+    "kernels with a ridge": by_kernels("hla2 ridge", segments="anywhere"),
+    "kernels, unmasked": by_kernels("hla2 unmasked ridge", split=2, decay="none"),
 }
 if BACKEND == "torch":  # JAX cuts arrays into equal parts
     CASES["uneven"] = Case("hla2", split="uneven")

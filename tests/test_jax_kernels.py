@@ -29,6 +29,8 @@ ON_OWN_ROWS = {
     "shared keys: 2 x 2 all-reduce",
     "one key: 2 x 2 all-reduce",
     "heads that do not divide: 2 x 3",
+    "ridge: 2 x 2 all-reduce",
+    "unmasked: 2 x 2 all-reduce",
     "model: 1 x 2 all-reduce",
 }
 

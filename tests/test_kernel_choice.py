@@ -6,6 +6,7 @@ import pytest
 from scripts import run_python
 
 from keras_hla import kernels, layers, operators, ops
+from keras_hla.kernels import device
 
 ON_TORCH = keras.config.backend() == "torch"
 
@@ -23,8 +24,7 @@ def test_auto_gives_a_reason():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"operator": operators.HLA2(ridge=0.5)}, r"without options, not for HLA2\(ridge=0.5\)"),
-        ({"operator": "hla2_published"}, "not for HLA2Published"),
+        ({"operator": "hla2_published"}, r"sums of these, not HLA2Published\(ridge=0.0\)"),
         ({"dtype": "float64"}, "take bfloat16, float16 and float32, not float64"),
         ({"key_dim": 256}, r"up to 128, not \(256, 64\)"),
         ({"form": "recurrent"}, "form='recurrent'"),
@@ -38,6 +38,16 @@ def test_what_kernels_cannot_do(options, reason):
     assert choice.implementation == "portable"
     with pytest.raises(ValueError, match=f"implementation='triton'.*{reason}"):
         kernels.choose(**options, implementation="triton")
+
+
+def test_auto_leaves_what_was_not_measured(monkeypatch):
+    """To the portable implementation, though the kernels can do it."""
+    monkeypatch.setattr(device, "why_not", lambda tensor: None)
+    monkeypatch.setattr(device, "why_not_faster", lambda tensor: None)
+    for operator in (operators.HLA2(ridge=0.5), operators.get("hla3", masked=False)):
+        reason = f"the kernels were not measured with the operator {operator}"
+        assert kernels.choose(operator) == ("portable", reason)
+        assert kernels.choose(operator, implementation="triton").implementation == "triton"
 
 
 def test_unknown():

@@ -5,7 +5,7 @@ import warnings
 
 from backends import relative_error, rounded, to_numpy, value_and_gradients
 from definitions import Reference, serial
-from family import FORWARD, GRADIENT, attend_with_gradients, draw, like
+from family import FORWARD, GRADIENT, VARIANTS, attend_with_gradients, draw, like, split
 import keras
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from keras_hla.kernels.operator import plan
 OPERATORS = ("hla2", "ahla", "hla3", "linear")
 KERNELS = {"implementation": "triton"}
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
+every_variant = pytest.mark.parametrize("variant", [x for x in VARIANTS if "published" not in x])
 
 
 @pytest.fixture(params=["one span", "spans"])
@@ -37,21 +38,22 @@ def forget_plans():
         jax.clear_caches()
 
 
-@every_operator
+@every_variant
 @pytest.mark.parametrize("decay", ["none", "per_token"])
 @pytest.mark.parametrize("key_heads", [2, 1])
 @pytest.mark.usefixtures("spans")
-def test_outputs_states_and_gradients(rng, operator, decay, key_heads):
+def test_outputs_states_and_gradients(rng, variant, decay, key_heads):
+    name, options = split(variant)
     inputs, log_decay = draw(rng, 75, decay, 2, key_heads, dim=24, value_dim=16, batch=1)
     inputs = [inputs[0] / 5, inputs[1] / 5, inputs[2]]
-    expected = Reference(serial, operator, inputs, log_decay)
+    expected = Reference(serial, name, inputs, log_decay, **options)
     state, weights = [], []
     if decay != "none" or key_heads == 2:  # with heads of their own, like those of the definition
         state, weights = (like(rng, expected.states) for _ in range(2))
-        expected = Reference(serial, operator, inputs, log_decay, state)
+        expected = Reference(serial, name, inputs, log_decay, state, **options)
     (weight,) = like(rng, [expected.output])
     (output, *last), found = attend_with_gradients(
-        inputs, log_decay, [weight, *weights], state, operator=operator, **KERNELS
+        inputs, log_decay, [weight, *weights], state, **VARIANTS[variant], **KERNELS
     )
     assert relative_error(output, expected.output) <= FORWARD
     for a, e in zip(last, expected.states if state else [], strict=True):
@@ -147,37 +149,110 @@ class Twice(operators.HLA2):
         return output, (S, F)
 
 
-def read_twice(operator, q, k, v, g):
-    """The definition of `Twice`."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    moved = (q @ k.mT).tril() @ v
-    return ((q @ moved.mT).tril() @ v).transpose(1, 2)
+def read_twice(scan, q, k, v):
+    return scan(q, scan(q, k, v), v)
 
 
-def test_custom_operator(rng):
-    inputs, _ = draw(rng, 40, "none", dim=16, value_dim=16)
-    inputs = [inputs[0] / 4, inputs[1] / 4, inputs[2]]
-    expected = Reference(read_twice, Twice(), inputs)
+@dataclasses.dataclass(frozen=True)
+class Sums(operators.AHLA):
+    """The values, which heads share, are part of a sum that is read and is part of another."""
+
+    def chain(self, scan, state, query, key, value):
+        first, P = scan(query, key, value, state[0])
+        first = 0.5 * value - first / 4
+        second, E = scan(query, key, first, state[1], power=2)
+        return first + 3 * second, (P, E)
+
+
+def add_up(scan, q, k, v):
+    first = 0.5 * v - scan(q, k, v) / 4
+    return first + 3 * scan(q, k, first, power=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnQueries(operators.HLA2):
+    """Each pass adds its queries, the last one to a multiple."""
+
+    def chain(self, scan, state, query, key, value):
+        moved, S = scan(query, key, key, state[0])
+        moved += query
+        output, F = scan(moved, key, value, state[1])
+        return moved * 0.5 + output * 2, (S, F)
+
+
+def add_queries(scan, q, k, v):
+    moved = scan(q, k, k) + q
+    return 0.5 * moved + 2 * scan(moved, k, v)
+
+
+@dataclasses.dataclass(frozen=True)
+class InAllPlaces(operators.HLA3):
+    """Queries are keys and values, keys are queries, and one pass is read as it is and in a sum."""
+
+    def state_shapes(self, key_heads, query_heads, d, dv):
+        return ((query_heads, d, d),) * 3
+
+    def chain(self, scan, state, query, key, value):
+        first, S = scan(query, query, query, state[0])
+        second, P = scan(key, query, value, state[1], power=2)
+        third, F = scan(first, key, first, state[2], power=3)
+        return sum((2 * first, -0.5 * second, third)), (S, P, F)
+
+
+def read_in_all_places(scan, q, k, v):
+    first = scan(q, q, q)
+    return 2 * first - 0.5 * scan(k, q, v, power=2) + scan(first, k, first, power=3)
+
+
+@pytest.mark.parametrize("decay", ["none", "per_token"])
+@pytest.mark.parametrize(
+    ("operator", "function"),
+    [
+        (Twice(), read_twice),
+        (Sums(), add_up),
+        (OwnQueries(), add_queries),
+        (InAllPlaces(), read_in_all_places),
+    ],
+)
+@pytest.mark.usefixtures("spans")
+def test_custom_operator(rng, operator, function, decay):
+    inputs, log_decay = draw(rng, 75, decay, 2, 1, dim=16, value_dim=16, batch=2)
+    inputs = [inputs[0] / 6, inputs[1] / 6, inputs[2]]
+
+    def definition(_, q, k, v, g):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        total = g.transpose(1, 2).cumsum(-1)
+        between = (total[..., :, None] - total[..., None, :]).tril()
+
+        def scan(q, k, v, power=1):
+            return ((q @ k.mT) * (power * between).exp()).tril() @ v
+
+        return function(scan, q, k, v).transpose(1, 2)
+
+    expected = Reference(definition, operator, inputs, log_decay)
     (weight,) = like(rng, [expected.output])
-    (output,), found = attend_with_gradients(inputs, None, [weight], operator=Twice(), **KERNELS)
+    (output,), found = attend_with_gradients(
+        inputs, log_decay, [weight], operator=operator, **KERNELS
+    )
     assert relative_error(output, expected.output) <= FORWARD
     for a, e in zip(found, expected.gradients(weight), strict=True):
         assert relative_error(a, e) <= GRADIENT
 
 
-@every_operator
+@every_variant
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_low_precision(rng, operator, dtype):
+def test_low_precision(rng, variant, dtype):
     """The error is about twice that of the exact result, rounded to the dtype."""
     inputs, _ = draw(rng, 100, "none", dim=32, value_dim=32)
     inputs = [inputs[0] / 6, inputs[1] / 6, inputs[2]]
     inputs = [rounded(x, dtype) for x in inputs]
-    expected = Reference(serial, operator, inputs, None)
+    operator, options = split(variant)
+    expected = Reference(serial, operator, inputs, None, **options)
     weight = rounded(*like(rng, [expected.output]), dtype)
 
     def function(*arrays):
         *inputs, weight = (keras.ops.cast(x, dtype) for x in arrays)
-        output = ops.higher_order_attention(*inputs, operator, **KERNELS)
+        output = ops.higher_order_attention(*inputs, **VARIANTS[variant], **KERNELS)
         assert keras.backend.standardize_dtype(output.dtype) == dtype
         output, weight = (keras.ops.cast(x, "float32") for x in (output, weight))
         return keras.ops.sum(output * weight), [output]
@@ -191,25 +266,27 @@ def test_low_precision(rng, operator, dtype):
         assert relative_error(a, e) <= allowed * best
 
 
-@every_operator
+@every_variant
 @pytest.mark.usefixtures("spans")
-def test_mask_and_segment_ids(rng, operator):
+def test_mask_and_segment_ids(rng, variant):
     inputs, log_decay = draw(rng, 80, "per_token", dim=16, value_dim=16, batch=1)
     mask = rng.random(80) < 0.7
     ids = np.repeat([0, 1, 2], [20, 33, 27])
     hidden = [np.where(mask[None, :, None, None], x, np.nan) for x in inputs]
     output = ops.higher_order_attention(
         *map(keras.ops.convert_to_tensor, hidden),
-        operator,
         log_decay=log_decay,
         mask=mask[None],
         segment_ids=ids[None],
+        **VARIANTS[variant],
         **KERNELS,
     )
     assert not to_numpy(output)[:, ~mask].any()
+    name, options = split(variant)
     for n in range(3):  # each segment alone, without its masked tokens
         kept = mask & (ids == n)
-        alone = Reference(serial, operator, [x[:, kept] for x in inputs], log_decay[:, kept])
+        inputs_alone = [x[:, kept] for x in inputs]
+        alone = Reference(serial, name, inputs_alone, log_decay[:, kept], **options)
         assert relative_error(output[:, kept], alone.output) <= FORWARD
 
 

@@ -14,7 +14,7 @@ from keras_hla.kernels.passes import Pass
 @pytest.mark.parametrize("decays", [False, True])
 def test_states_between_shards(rng, decays, reverse):
     """Three shards of three spans are nine spans, of which each adds to what it decays."""
-    pass_ = Pass(0, "key", "value", 1, "output")
+    pass_ = Pass(0, "query", "key", "value", 1, "output")
     plan = Plan((pass_,), 1, 64 * 8 * 3, 3, 3, 35, 33, "float32", decays)
     assert plan.spans == 3
     states = rng.standard_normal((3, 3, 3, 33, 35))  # of shards, heads and spans

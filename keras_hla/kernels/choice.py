@@ -148,8 +148,8 @@ def _why_portable_always(implementation, tensor, form):
 def _outside_of_kernels(operator, dtype, dims):
     if passes_of(operator) is None:
         return (
-            "the kernels are for 'hla2', 'ahla', 'hla3' and 'linear' without options, "
-            f"not for {operator}"
+            "the kernels take operators that are passes over their states and sums of these, "
+            f"not {operator}"
         )
     dtype = keras.backend.standardize_dtype(dtype)
     if dtype not in ("bfloat16", "float16", "float32"):

@@ -12,6 +12,7 @@ from keras_hla.kernels.operator.primitive import (
     load_rows,
     locate,
     mix,
+    scaled,
     scores,
     store_rows,
 )
@@ -46,6 +47,9 @@ def backward_kernel(
     leaving,
     # known when compiled
     POWER: tl.constexpr,
+    SCALE: tl.constexpr,
+    QUERY_FACTOR: tl.constexpr,
+    QUERY_GROUP: tl.constexpr,
     KEY_GROUP: tl.constexpr,
     VALUE_GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -54,6 +58,7 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
     SAME: tl.constexpr,
+    KEY_IS_QUERY: tl.constexpr,
     ADD_QUERY: tl.constexpr,
     ADD_KEY: tl.constexpr,
     DECAYS: tl.constexpr,
@@ -72,8 +77,9 @@ def backward_kernel(
     `REVERSE`. Stores the gradient of the state before the first token, if `LEAVING`.
 
     Gradients of queries and keys are added to `before`, the gradients from later passes. Where
-    the keys are also the values, their gradient is the sum of both. For `flows` and `inners` see
-    `decay_gradient_kernel`. `REFINE` means that scores are not rounded.
+    the keys are also the values, or the queries, their gradient is the sum of both. Queries that
+    are added to the outputs get `QUERY_FACTOR` times the gradient of `queryᵀ H` as well. For
+    `flows` and `inners` see `decay_gradient_kernel`. `REFINE` means that scores are not rounded.
     """
     span, row, batch, head = locate(spans, heads)
 
@@ -84,7 +90,7 @@ def backward_kernel(
     token = batch * length + last * CHUNK
     stride, vstride = heads * DIM, heads * VALUE_DIM
     place, vplace = token * stride + head * DIM, token * vstride + head * VALUE_DIM
-    query += place
+    query, query_stride = at_token(query, token, head, heads, QUERY_GROUP, DIM)
     key, key_stride = at_token(key, token, head, heads, KEY_GROUP, DIM)
     value, value_stride = at_token(value, token, head, heads, VALUE_GROUP, VALUE_DIM)
     gradient += vplace
@@ -111,12 +117,13 @@ def backward_kernel(
     for _ in range(chunk_count):
         coarse, rest, from_start, to_end, total = load_decays(decays, DECAYS, CHUNK, PRODUCT)
         count = length - last * CHUNK  # of tokens from here on
-        q = load_rows(query, stride, count, DIM, CHUNK, BLOCK).to(PRODUCT)
+        q = load_rows(query, query_stride, count, DIM, CHUNK, BLOCK).to(PRODUCT)
         k = load_rows(key, key_stride, count, DIM, CHUNK, BLOCK).to(PRODUCT)
         v = k
         if not SAME:
             v = load_rows(value, value_stride, count, VALUE_DIM, CHUNK, VALUE_BLOCK).to(PRODUCT)
-        g = load_rows(gradient, vstride, count, VALUE_DIM, CHUNK, VALUE_BLOCK).to(PRODUCT)
+        g = load_rows(gradient, vstride, count, VALUE_DIM, CHUNK, VALUE_BLOCK)
+        g = scaled(g, SCALE).to(PRODUCT)
         state = load_rows(chunk_states, DIM, VALUE_DIM, DIM, VALUE_BLOCK, BLOCK)
         A = scores(q, k, coarse, rest, POWER, DECAYS, PRECISION)
         dA = scores(g, v, coarse, rest, POWER, DECAYS, PRECISION)
@@ -132,11 +139,16 @@ def backward_kernel(
             dk += dv
         if ADD_KEY:
             dk += load_rows(dkey_before, stride, count, DIM, CHUNK, BLOCK)
-        store_rows(dkey, stride, count, dk, DIM, CHUNK, BLOCK)
+        if not KEY_IS_QUERY:
+            store_rows(dkey, stride, count, dk, DIM, CHUNK, BLOCK)
         dq = mix(dA, k, g, tl.trans(state), from_start, POWER, DECAYS, WIDE, PRECISION)
         if DECAYS:
             flow = inner_products(dq, q, PRECISION) - flow
             tl.store(flows + tl.arange(0, CHUNK), POWER * flow)
+        if KEY_IS_QUERY:
+            dq += dk
+        if QUERY_FACTOR != 0.0:
+            dq += scaled(g, QUERY_FACTOR)
         if ADD_QUERY:
             dq += load_rows(dquery_before, stride, count, DIM, CHUNK, BLOCK)
         store_rows(dquery, stride, count, dq, DIM, CHUNK, BLOCK)
@@ -144,7 +156,7 @@ def backward_kernel(
         if DECAYS:
             tl.store(inners, POWER * tl.sum(inner_products(dstate, state, PRECISION), 0))
         last -= 1
-        query -= CHUNK * stride
+        query -= CHUNK * query_stride
         key -= CHUNK * key_stride
         value -= CHUNK * value_stride
         gradient -= CHUNK * vstride

@@ -35,14 +35,14 @@ def evaluate(run, options, tensors, save):
         state, last, spans = _around(run, plan, pass_, (a, b, decays), state, devices, False)
         leaves = return_state and devices is None
         launch = launches.forward(plan, pass_, state is not None, save, leaves)
-        inputs = (known["query"], a, b, decays, state, *spans)
+        inputs = (known[pass_.query], a, b, known.get(pass_.added), decays, state, *spans)
         known[pass_.output], own_last, saved = run(launch, inputs)
         leaving[pass_.state] = own_last if last is None else devices.shared(last)
         chunk_states.append(saved)
     results = [known[plan.passes[-1].output]]
     results += [leaving[i] for i in sorted(leaving)] if return_state else []
-    passed_on = [known[pass_.output] for pass_ in plan.passes[:-1]]
-    return tuple(results), (*passed_on, *chunk_states) if save else ()
+    kept = [known[name] for name in plan.kept]
+    return tuple(results), (*kept, *chunk_states) if save else ()
 
 
 def gradients(run, options, tensors, saved, results, wanted):
@@ -51,21 +51,21 @@ def gradients(run, options, tensors, saved, results, wanted):
     plan = _plan(plan_of, options, tensors)
     devices = devices and restored(devices)
     decays = _decays(run, plan, tensors)
-    count = len(plan.passes) - 1
-    passed_on, chunk_states = saved[:count], saved[count:]
-    query = tensors["query"]
+    kept, chunk_states = saved[: len(plan.kept)], saved[len(plan.kept) :]
     known = {name: tensors[name] for name in ("query", "key", "value")}
-    known |= zip((pass_.output for pass_ in plan.passes[:-1]), passed_on, strict=True)
+    known |= zip(plan.kept, kept, strict=True)
     gradient, *of_states = results
     if gradient is None:  # of a loss that reads states alone
-        gradient = ops.zeros((*query.shape[:3], tensors["value"].shape[3]), query.dtype)
+        gradient = ops.zeros(*plan.output(plan.passes[-1]))
     found = {plan.passes[-1].output: gradient}
     of_states = dict(zip(sorted(pass_.state for pass_ in plan.passes), of_states, strict=False))
     flows, inners = None, None
     for pass_, before in reversed(list(zip(plan.passes, chunk_states, strict=True))):
         state, a, b = of_states.get(pass_.state), known[pass_.key], known[pass_.value]
-        g = found.pop(pass_.output)
-        earlier = found.get("query"), found.get(pass_.key)
+        query, g = known[pass_.query], found.pop(pass_.output)
+        earlier = found.get(pass_.query), found.get(pass_.key)
+        if pass_.key == pass_.query:
+            earlier = earlier[0], None
         adds = (x is not None for x in earlier)
         if devices is not None and return_state:  # all of them, also where no loss reads it
             state = devices.total(ops.zeros(*plan.state(pass_, 1)) if state is None else state)
@@ -77,11 +77,18 @@ def gradients(run, options, tensors, saved, results, wanted):
         dquery, dkey, dvalue, flow, inner, found[name] = run(launch, inputs)
         if first is not None and name in wanted:  # which all devices have, and one of them gives
             found[name] = devices.of_first(first)
-        found |= {"query": dquery, pass_.key: dkey}
+        found[pass_.query] = dquery
+        if dkey is not None:
+            found[pass_.key] = dkey
         if dvalue is not None:
             found[pass_.value] = _add(found.get(pass_.value), dvalue)
+        if pass_.added and not pass_.query_factor:
+            # A gradient that is returned is not one that was given.
+            as_it_is = pass_.factor == 1 and pass_.added not in tensors
+            own = g if as_it_is else pass_.factor * g
+            found[pass_.added] = _add(found.get(pass_.added), own)
         flows, inners = _add(flows, flow), _add(inners, inner)
-    found |= {name: _like_input(found[name], known[name]) for name in ("key", "value")}
+    found |= {name: _like_input(found[name], known[name]) for name in ("query", "key", "value")}
     if "log_decay" in wanted:
         (x,) = run(launches.decay_gradient(plan), (flows, inners))
         shape = tensors["log_decay"].shape
@@ -97,9 +104,9 @@ def shapes(options, tensors, save):
     results = [plan.sequence(plan.passes[-1].output, plan.dtype)]
     by_state = sorted(plan.passes, key=lambda pass_: pass_.state)
     results += [plan.state(pass_, 1) for pass_ in by_state] if return_state else []
-    passed_on = [plan.sequence(pass_.output, plan.product_dtype) for pass_ in plan.passes[:-1]]
+    kept = [plan.sequence(name, plan.product_dtype) for name in plan.kept]
     chunk_states = [plan.state(pass_, plan.chunks, plan.product_dtype) for pass_ in plan.passes]
-    return tuple(results), (*passed_on, *chunk_states) if save else ()
+    return tuple(results), (*kept, *chunk_states) if save else ()
 
 
 def count(options):

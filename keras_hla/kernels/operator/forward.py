@@ -11,6 +11,7 @@ from keras_hla.kernels.operator.primitive import (
     load_rows,
     locate,
     mix,
+    scaled,
     scores,
     store_rows,
 )
@@ -23,6 +24,7 @@ def forward_kernel(
     query,
     key,
     value,
+    added,
     decays,
     entering,
     span_states,
@@ -38,8 +40,12 @@ def forward_kernel(
     chunk_states,
     # known when compiled
     POWER: tl.constexpr,
+    SCALE: tl.constexpr,
+    FACTOR: tl.constexpr,
+    QUERY_GROUP: tl.constexpr,
     KEY_GROUP: tl.constexpr,
     VALUE_GROUP: tl.constexpr,
+    ADDED_GROUP: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -59,16 +65,18 @@ def forward_kernel(
 
     Reads the state before the first token, if `ENTERING`, and with `SEVERAL_SPANS` what
     `span_kernel` stores. Stores the state before each chunk as well, if `SAVE`, and the state
-    after the last token, if `LEAVING`. `SAME` means that the keys are also the values.
+    after the last token, if `LEAVING`. `SAME` means that the keys are also the values. Outputs are
+    those of the primitive times `SCALE`, and `FACTOR` times `added`, unless that is zero.
     """
     span, row, batch, head = locate(spans, heads)
 
     # In the place of the first token of the span.
     first = span * span_chunks
     token = batch * length + first * CHUNK
-    query += (token * heads + head) * DIM
+    query, query_stride = at_token(query, token, head, heads, QUERY_GROUP, DIM)
     key, key_stride = at_token(key, token, head, heads, KEY_GROUP, DIM)
     value, value_stride = at_token(value, token, head, heads, VALUE_GROUP, VALUE_DIM)
+    added, added_stride = at_token(added, token, head, heads, ADDED_GROUP, VALUE_DIM)
     output += (token * heads + head) * VALUE_DIM
     chunks = tl.cdiv(length, CHUNK)
     decays += (row * chunks + first) * 4 * CHUNK
@@ -89,19 +97,24 @@ def forward_kernel(
         count = length - first * CHUNK  # of tokens left
         if SAVE:
             store_rows(chunk_states, DIM, VALUE_DIM, state, DIM, VALUE_BLOCK, BLOCK)
-        q = load_rows(query, heads * DIM, count, DIM, CHUNK, BLOCK).to(PRODUCT)
+        q = load_rows(query, query_stride, count, DIM, CHUNK, BLOCK).to(PRODUCT)
         k = load_rows(key, key_stride, count, DIM, CHUNK, BLOCK).to(PRODUCT)
         v = k
         if not SAME:
             v = load_rows(value, value_stride, count, VALUE_DIM, CHUNK, VALUE_BLOCK).to(PRODUCT)
         A = scores(q, k, coarse, rest, POWER, DECAYS, PRECISION)
         o = mix(A, v, q, state, from_start, POWER, DECAYS, WIDE, PRECISION)
+        o = scaled(o, SCALE)
+        if FACTOR != 0.0:
+            x = load_rows(added, added_stride, count, VALUE_DIM, CHUNK, VALUE_BLOCK)
+            o += scaled(x, FACTOR)
         store_rows(output, heads * VALUE_DIM, count, o, VALUE_DIM, CHUNK, VALUE_BLOCK)
         state = advance(state, v, k, to_end, total, POWER, DECAYS, PRECISION)
         first += 1
-        query += CHUNK * heads * DIM
+        query += CHUNK * query_stride
         key += CHUNK * key_stride
         value += CHUNK * value_stride
+        added += CHUNK * added_stride
         output += CHUNK * heads * VALUE_DIM
         decays += 4 * CHUNK
         chunk_states += DIM * VALUE_DIM

@@ -23,23 +23,32 @@ _cached = functools.lru_cache(maxsize=4096)
 @_cached
 def forward(plan, pass_, entering, save, leaving):
     """Gives the output, the state after it if `leaving`, and if `save` those before each chunk."""
-    dtype = plan.dtype if pass_ is plan.passes[-1] else plan.product_dtype
     outputs = (
-        plan.sequence(pass_.output, dtype),
+        plan.output(pass_),
         plan.state(pass_, 1) if leaving else None,
         plan.state(pass_, plan.chunks, plan.product_dtype) if save else None,
     )
     return _of_pass(
-        forward_kernel, plan, pass_, outputs, ENTERING=entering, SAVE=save, LEAVING=leaving
+        forward_kernel,
+        plan,
+        pass_,
+        outputs,
+        FACTOR=pass_.factor,
+        ENTERING=entering,
+        SAVE=save,
+        LEAVING=leaving,
     )
 
 
 @_cached
 def backward(plan, pass_, entering, add_query, add_key, leaving):
     """Gives the gradients of query, key, and value; `flows` and `inners`; that of the state."""
-    names = ["query", pass_.key] + ([pass_.value] if pass_.value != pass_.key else [])
-    outputs = [plan.sequence(x, _dtype_of_gradient(plan, pass_, x)) for x in names]
-    outputs += [None] * (3 - len(outputs))
+    key = None if pass_.key == pass_.query else pass_.key
+    value = None if pass_.value == pass_.key else pass_.value
+    outputs = [
+        x and plan.sequence(x, _dtype_of_gradient(plan, pass_, x))
+        for x in (pass_.query, key, value)
+    ]
     count = (plan.rows, plan.chunks)
     decay_outputs = [((*count, plan.chunk), "float32"), (count, "float32")]
     outputs += decay_outputs if plan.decays else [None, None]
@@ -51,13 +60,17 @@ def backward(plan, pass_, entering, add_query, add_key, leaving):
         outputs,
         ENTERING=entering,
         LEAVING=leaving,
+        QUERY_FACTOR=pass_.query_factor / pass_.scale,
+        KEY_IS_QUERY=key is None,
         ADD_QUERY=add_query,
         ADD_KEY=add_key,
     )
     # A gradient that is added to has the dtype of the products, and is not needed after it.
-    for place, (name, added) in enumerate({"dquery": add_query, "dkey": add_key}.items()):
-        if added and outputs[place][1] == plan.product_dtype:
-            launch.in_place[place] = backward_kernel.arg_names.index(f"{name}_before")
+    before = ("dquery_before", pass_.query, add_query), ("dkey_before", pass_.key, add_key)
+    for place, (name, of, adds) in enumerate(before):
+        same = outputs[place] == plan.sequence(of, plan.product_dtype)
+        if adds and same and of not in plan.added:
+            launch.in_place[place] = backward_kernel.arg_names.index(name)
     return launch
 
 
@@ -66,7 +79,10 @@ def span_states(plan, pass_, reverse, of_all):
     """Gives the states of spans and the decays over them."""
     constants: dict[str, Any] = {"REVERSE": reverse, "ALL": of_all}
     if reverse:  # the queries, and the gradients of outputs
-        constants |= {"KEY_GROUP": 1, "VALUE_GROUP": 1, "SAME": False}
+        group = plan.constants(pass_)["QUERY_GROUP"]
+        constants |= {"KEY_GROUP": group, "VALUE_GROUP": 1, "SAME": False}
+    else:
+        constants["SCALE"] = 1.0  # as it is of outputs alone
     span_decays = ((plan.rows, plan.spans), "float32") if plan.decays else None
     outputs = (plan.state(pass_, plan.spans), span_decays)
     return _of_pass(span_kernel, plan, pass_, outputs, **constants)
@@ -141,7 +157,7 @@ def _of_chunks(kernel, plan, numbers, output, **constants):
 def _dtype_of_gradient(plan, pass_, name):
     """The products' dtype for what earlier passes add to or read, else the input's dtype."""
     earlier = plan.passes[: plan.passes.index(pass_)]
-    if any(name in ("query", other.key, other.value, other.output) for other in earlier):
+    if any(name in (*other.operands, other.added, other.output) for other in earlier):
         return plan.product_dtype
     # Where heads share keys, their gradients are yet to be summed.
     shared = plan.heads > plan.key_heads and name != "query"

@@ -79,7 +79,34 @@ class Plan:
         dims = {"query": self.dim, "key": self.dim, "value": self.value_dim}
         for pass_ in self.passes:
             dims[pass_.output] = dims[pass_.value]
+            for pair in ((pass_.query, pass_.key), (pass_.added or pass_.value, pass_.value)):
+                sizes = tuple(dims[x] for x in pair)
+                if sizes[0] != sizes[1]:
+                    raise ValueError(
+                        "The queries and keys of a pass must have one size, as must its values "
+                        f"and what is added to its outputs. Received: {pass_}, {pair} of {sizes}"
+                    )
         return dims
+
+    @functools.cached_property
+    def kept(self):
+        """The outputs that later passes multiply."""
+        operands = {name for pass_ in self.passes for name in pass_.operands}
+        return tuple(pass_.output for pass_ in self.passes if pass_.output in operands)
+
+    @functools.cached_property
+    def added(self):
+        """Names of tensors whose gradient may be that of a sum, which is needed elsewhere."""
+        return {x.added for x in self.passes if x.added and not x.query_factor}
+
+    def output(self, pass_):
+        """The shape and dtype of what a pass gives; a part of a sum is not rounded."""
+        dtype = "float32"
+        if pass_ is self.passes[-1]:
+            dtype = self.dtype
+        elif pass_.output in self.kept:
+            dtype = self.product_dtype
+        return self.sequence(pass_.output, dtype)
 
     def sequence(self, name, dtype):
         """The shape and dtype of a tensor that passes take or give, with the query heads."""
@@ -95,8 +122,11 @@ class Plan:
         dim, value_dim = self._dims[pass_.key], self._dims[pass_.value]
         return {
             "POWER": pass_.power,
+            "SCALE": pass_.scale,
+            "QUERY_GROUP": self._group_of(pass_.query),
             "KEY_GROUP": self._group_of(pass_.key),
             "VALUE_GROUP": self._group_of(pass_.value),
+            "ADDED_GROUP": self._group_of(pass_.added),
             "DIM": dim,
             "VALUE_DIM": value_dim,
             "CHUNK": self.chunk,

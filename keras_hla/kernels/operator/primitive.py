@@ -115,6 +115,15 @@ def inner_products(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def scaled(x, SCALE: tl.constexpr):
+    """`SCALE x`, in float32 unless it is `x`."""
+    if SCALE == 1.0:
+        return x
+    else:
+        return SCALE * x.to(tl.float32)
+
+
+@triton.jit
 def power(x, POWER: tl.constexpr):
     result = x
     for _ in tl.static_range(POWER - 1):

@@ -11,6 +11,7 @@ from keras_hla.kernels.operator.primitive import (
     load_rows,
     locate,
     power,
+    scaled,
     store_rows,
 )
 
@@ -31,6 +32,7 @@ def span_kernel(
     span_decays,
     # known when compiled
     POWER: tl.constexpr,
+    SCALE: tl.constexpr,
     KEY_GROUP: tl.constexpr,
     VALUE_GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -50,7 +52,7 @@ def span_kernel(
     Unless `ALL`, the last span is skipped; if `REVERSE`, the first.
 
     If `REVERSE`, the gradient of the state before the span: `key` holds the queries, `value` the
-    gradients of the outputs.
+    gradients of the outputs, which are times `SCALE`.
     """
     span, row, batch, head = locate(spans, heads)
 
@@ -75,7 +77,8 @@ def span_kernel(
         k = load_rows(key, key_stride, count, DIM, CHUNK, BLOCK).to(PRODUCT)
         v = k
         if not SAME:
-            v = load_rows(value, value_stride, count, VALUE_DIM, CHUNK, VALUE_BLOCK).to(PRODUCT)
+            v = load_rows(value, value_stride, count, VALUE_DIM, CHUNK, VALUE_BLOCK)
+            v = scaled(v, SCALE).to(PRODUCT)
         factor = from_start if REVERSE else to_end
         state = advance(state, v, k, factor, total, POWER, DECAYS, PRECISION)
         if DECAYS:
