@@ -44,6 +44,14 @@ CONFIGURATIONS = {
 }
 
 
+# Of which there is no definition of a whole layer.
+SUMS = {
+    "ridge": {"ridge": 0.3},
+    "unmasked": {"masked": False, "ridge": 0.3},
+    "third order unmasked": {"operator": "hla3", "masked": False, "decay": None},
+}
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The list of the layers of which the kernel computes a token, without gradients."""
@@ -131,6 +139,20 @@ def test_errors_are_those_of_rounding(rng, calls, name, dtype):
         assert relative_error(by_kernel, e) <= 1.3 * relative_error(rounded, e) + 1e-7
 
 
+@pytest.mark.parametrize("name", SUMS)
+def test_operators_that_are_sums_of_passes(rng, calls, name):
+    """By the step of the operator, which other tests compare with its definition."""
+    found = []
+    for implementation in ("portable", "triton"):
+        options = {"return_state": True, "implementation": implementation, **SUMS[name]}
+        layer, x = draw(np.random.default_rng(0), layers.HLA(2, 6, value_dim=5, **options))
+        output, states = read(layer, x)
+        found.append([output, *states])
+    assert len(calls) == LENGTH
+    for a, e in zip(*found, strict=True):
+        assert relative_error(a, e) <= 1e-5
+
+
 def test_positions_far_on(rng, calls):
     """Where a block of 65,536 tokens ends, and where there are many blocks."""
     found = []
@@ -171,7 +193,7 @@ def test_generates_the_same_tokens(calls):
         ({"feature_map": "softplus"}, "feature map"),
         ({"conv_activation": "gelu"}, "not 'silu'"),
         ({"normalize": True}, "divide by a sum"),
-        ({"operator": "hla2_published"}, "without options"),
+        ({"operator": "hla2_published"}, "passes over their states"),
         ({"implementation": "portable"}, "was given"),
         ({"implementation": "auto"}, "not known to be faster"),
     ],

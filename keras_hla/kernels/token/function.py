@@ -7,9 +7,11 @@ from keras_hla.kernels.passes import passes_of
 from keras_hla.kernels.stages.tiles import dtype_of
 from keras_hla.kernels.token.kernel import token_kernel
 
-# What a pass may read as its keys or values: numbers in the kernel.
-_SOURCES = ("key", "value", "pass 0", "pass 1")
 _MOST_PASSES = 3
+_OF_PASS = (
+    *("QUERY", "KEY", "VALUE", "ADDED", "SCALE", "FACTOR", "POWER"),
+    *("OWN", "ROWS", "COLUMNS"),
+)
 _NAMES = (
     *("x", "window", "kernel", "query_scale", "key_scale", "position", "turns", "lost", "decays"),
     *("mask", "scale", "gates"),
@@ -17,16 +19,19 @@ _NAMES = (
 
 
 def chain_of(operator):
-    """For each pass of an operator its keys and values, as numbers, the power and the state.
+    """The passes of an operator, with numbers for the names of tensors.
 
     Returns `None` if the kernel does not have its passes.
     """
     passes = passes_of(operator)
     if passes is None or len(passes) > _MOST_PASSES:
         return None
-    if len({x.state for x in passes}) < len(passes):  # each is written once
-        return None
-    return tuple((_SOURCES.index(x.key), _SOURCES.index(x.value), x.power, x.state) for x in passes)
+    names = ["query", "key", "value", *(x.output for x in passes)]
+    chain = []
+    for x in passes:
+        sources = [names.index(name) for name in (x.query, x.key, x.value, x.added or x.value)]
+        chain.append((*sources, x.scale, x.factor, x.power, x.state))
+    return tuple(chain)
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,11 +71,9 @@ def _launch(shape, dtype, options, given, states, decays):
     }
     after: list = [None] * _MOST_PASSES
     for i in range(_MOST_PASSES):
-        key, value, power, state = chain[min(i, len(chain) - 1)]
-        _, own, rows, columns = states[state]
-        of_pass = {"KEY": key, "VALUE": value, "POWER": power}
-        of_pass |= {"OWN": own, "ROWS": rows, "COLUMNS": columns}
-        constants |= {f"{name}{i}": x for name, x in of_pass.items()}
+        *of_pass, state = chain[min(i, len(chain) - 1)]
+        of_pass += states[state][1:]
+        constants |= {f"{name}{i}": x for name, x in zip(_OF_PASS, of_pass, strict=True)}
         if i < len(chain):
             after[i] = states[state], "float32"
     output = (batch, heads, value_dim), options["dtype"]

@@ -138,12 +138,14 @@ def _shift(
 
 
 @triton.jit
-def _source(SOURCE: tl.constexpr, key, value, first, second):
+def _source(SOURCE: tl.constexpr, query, key, value, first, second):
     if SOURCE == 0:
-        x = key
+        x = query
     elif SOURCE == 1:
-        x = value
+        x = key
     elif SOURCE == 2:
+        x = value
+    elif SOURCE == 3:
         x = first
     else:
         x = second
@@ -155,28 +157,42 @@ def _pass(
     query,
     key,
     value,
+    first,
+    second,
     decay,
     state,
     after,
     row,
     head,
     HEADS: tl.constexpr,
+    QUERY: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    ADDED: tl.constexpr,
+    SCALE: tl.constexpr,
+    FACTOR: tl.constexpr,
+    POWER: tl.constexpr,
     OWN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    POWER: tl.constexpr,
 ):
-    """`H ← decay^power H + key valueᵀ`, of which there are `OWN` for all heads; and `queryᵀ H`."""
-    i, j = tl.arange(0, key.shape[0])[:, None], tl.arange(0, value.shape[0])[None, :]
+    """A `keras_hla.kernels.passes.Pass`, of whose states there are `OWN` for all heads."""
+    q = _source(QUERY, query, key, value, first, second)
+    k = _source(KEY, query, key, value, first, second)
+    v = _source(VALUE, query, key, value, first, second)
+    i, j = tl.arange(0, k.shape[0])[:, None], tl.arange(0, v.shape[0])[None, :]
     place = (row * OWN + head * OWN // HEADS) * (ROWS * COLUMNS) + i * COLUMNS + j
     inside = (i < ROWS) & (j < COLUMNS)
     h = tl.load(state + place, mask=inside, other=0.0)
     for _ in tl.static_range(POWER):
         h *= decay
-    h += key[:, None] * value[None, :]
+    h += k[:, None] * v[None, :]
     stored = tl.where(head % (HEADS // OWN) == 0, ROWS, 0)
     tl.store(after + place, h, mask=inside & (i < stored))
-    return tl.sum(query[:, None] * h, 0)
+    output = SCALE * tl.sum(q[:, None] * h, 0)
+    if FACTOR != 0.0:
+        output += FACTOR * _source(ADDED, query, key, value, first, second)
+    return output
 
 
 @triton.jit
@@ -223,20 +239,32 @@ def token_kernel(
     EPSILON: tl.constexpr,
     GATE: tl.constexpr,
     PASSES: tl.constexpr,
+    QUERY0: tl.constexpr,
     KEY0: tl.constexpr,
     VALUE0: tl.constexpr,
+    ADDED0: tl.constexpr,
+    SCALE0: tl.constexpr,
+    FACTOR0: tl.constexpr,
     POWER0: tl.constexpr,
     OWN0: tl.constexpr,
     ROWS0: tl.constexpr,
     COLUMNS0: tl.constexpr,
+    QUERY1: tl.constexpr,
     KEY1: tl.constexpr,
     VALUE1: tl.constexpr,
+    ADDED1: tl.constexpr,
+    SCALE1: tl.constexpr,
+    FACTOR1: tl.constexpr,
     POWER1: tl.constexpr,
     OWN1: tl.constexpr,
     ROWS1: tl.constexpr,
     COLUMNS1: tl.constexpr,
+    QUERY2: tl.constexpr,
     KEY2: tl.constexpr,
     VALUE2: tl.constexpr,
+    ADDED2: tl.constexpr,
+    SCALE2: tl.constexpr,
+    FACTOR2: tl.constexpr,
     POWER2: tl.constexpr,
     OWN2: tl.constexpr,
     ROWS2: tl.constexpr,
@@ -293,21 +321,20 @@ def token_kernel(
         value = tl.where(live, value, 0.0)
         decay = tl.where(live, decay, 1.0)
     first = _pass(
-        query, _source(KEY0, key, value, key, key), _source(VALUE0, key, value, key, key),
-        decay, state0, after0, row, head, HEADS, OWN0, ROWS0, COLUMNS0, POWER0,
+        query, key, value, key, key, decay, state0, after0, row, head, HEADS,
+        QUERY0, KEY0, VALUE0, ADDED0, SCALE0, FACTOR0, POWER0, OWN0, ROWS0, COLUMNS0,
     )  # fmt: skip
     y = first
     if PASSES > 1:
         second = _pass(
-            query, _source(KEY1, key, value, first, key), _source(VALUE1, key, value, first, key),
-            decay, state1, after1, row, head, HEADS, OWN1, ROWS1, COLUMNS1, POWER1,
+            query, key, value, first, key, decay, state1, after1, row, head, HEADS,
+            QUERY1, KEY1, VALUE1, ADDED1, SCALE1, FACTOR1, POWER1, OWN1, ROWS1, COLUMNS1,
         )  # fmt: skip
         y = second
     if PASSES > 2:
         y = _pass(
-            query, _source(KEY2, key, value, first, second),
-            _source(VALUE2, key, value, first, second),
-            decay, state2, after2, row, head, HEADS, OWN2, ROWS2, COLUMNS2, POWER2,
+            query, key, value, first, second, decay, state2, after2, row, head, HEADS,
+            QUERY2, KEY2, VALUE2, ADDED2, SCALE2, FACTOR2, POWER2, OWN2, ROWS2, COLUMNS2,
         )  # fmt: skip
     y = _rounded(y, x)
     if NORM:
