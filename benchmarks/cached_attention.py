@@ -24,27 +24,31 @@ class CachedAttention(layers.Layer):
             dense.build((None, hidden if name == "down" else width))
 
     def call(self, x, cache, position):
-        """Tensor `(1, width)`, cache `(2, heads, context, dim)`; the same, with the token in it."""
+        """Tensor `(batch, width)`, cache `(2, batch, heads, context, dim)`, with the token after.
+
+        The context is that of the cache, of which the tokens up to `position` are read.
+        """
         dim = self.width // self.heads
         q, k, v = ops.split(self.dense["qkv"](self.norms[0](x)), 3, axis=-1)
-        q, k, v = (ops.reshape(y, (self.heads, 1, dim)) for y in (q, k, v))
+        q, k, v = (ops.reshape(y, (-1, self.heads, 1, dim)) for y in (q, k, v))
         cache = _write(cache, position, ops.stack([k, v]))
-        scores = q @ ops.swapaxes(cache[0], 1, 2) * dim**-0.5
-        scores = ops.where(ops.arange(cache.shape[2]) <= position, scores, -1e9)
+        scores = q @ ops.swapaxes(cache[0], -1, -2) * dim**-0.5
+        scores = ops.where(ops.arange(cache.shape[3]) <= position, scores, -1e9)
         read = ops.softmax(scores) @ cache[1]
-        x = x + self.dense["out"](ops.reshape(read, (1, self.width)))
+        x = x + self.dense["out"](ops.reshape(read, (-1, self.width)))
         y = self.norms[1](x)
         return x + self.dense["down"](ops.silu(self.dense["gate"](y)) * self.dense["up"](y)), cache
 
 
 def _write(cache, position, token):
+    token = ops.cast(token, cache.dtype)
     if keras.config.backend() == "torch":  # in place, as XLA does by itself
-        return cache.index_copy_(2, ops.cast(position[None], "int64"), token)
-    return ops.slice_update(cache, (0, 0, position, 0), token)
+        return cache.index_copy_(3, ops.cast(position[None], "int64"), token)
+    return ops.slice_update(cache, (0, 0, 0, position, 0), token)
 
 
 class CachedModel:
-    """Embedding, blocks of attention, and logits.
+    """Embedding, blocks of attention, and logits, in the dtype of Keras' policy.
 
     Args:
         vocabulary: number of tokens.
@@ -68,9 +72,10 @@ class CachedModel:
     def variables(self):
         return [v for x in (self.embedding, self.head, *self.blocks) for v in x.variables]
 
-    def caches(self, context):
+    def caches(self, context, batch=1):
         heads, dim = self.cache_shape
-        return [ops.zeros((2, heads, context, dim)) for _ in self.blocks]
+        shape, dtype = (2, batch, heads, context, dim), self.head.compute_dtype
+        return [ops.zeros(shape, dtype) for _ in self.blocks]
 
     def write(self, token, caches, positions):
         """Generates the most likely token at each of the positions."""

@@ -70,6 +70,7 @@ ONLY = {
         "without a GPU JAX cannot run the kernels, TensorFlow has none",
     ),
     "test_kernels_torch.py": (("torch",), "this is how PyTorch calls the kernels"),
+    "test_loop_graphs.py": (("torch",), "JAX and TensorFlow compile loops"),
     "test_learning.py": (("jax",), "this benchmark trains many models at once, which needs JAX"),
     "test_serve.py": (("tensorflow",), "it serves a SavedModel; the scheduler has its tests"),
     "test_shard_kernels.py": (("torch",), "without a GPU PyTorch alone runs the kernels"),
@@ -77,6 +78,7 @@ ONLY = {
         ("tensorflow", "jax"),
         "TensorFlow writes PyTorch's SavedModels, and has their tests",
     ),
+    "test_token_kernel.py": (("torch",), "without a GPU PyTorch alone runs the kernels"),
     "test_torch_module.py": (("torch",), "other backends replace no parameters"),
     "test_torch_compile.py": (("torch",), "only PyTorch has `torch.compile`"),
 }

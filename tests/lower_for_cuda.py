@@ -40,6 +40,7 @@ import keras  # noqa: E402
 from keras_hla import distribution, layers, ops, stages  # noqa: E402
 from keras_hla.kernels import device  # noqa: E402
 from keras_hla.kernels.operator import plan  # noqa: E402
+from keras_hla.layers.state_scope import StateScope  # noqa: E402
 
 # The kernels of stages too, which layers leave to XLA.
 stages.are_fused = lambda implementation: implementation == "triton"
@@ -91,26 +92,38 @@ x = jax.ShapeDtypeStruct((1, 100, 16), "bfloat16")
 segments = jax.ShapeDtypeStruct((1, 100), "int32")
 
 
-def lower(loss, *arguments):
-    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*arguments)
+def lower(function, *arguments):
+    traced = jax.jit(function).trace(*arguments)
     lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "triton_kernel_call" in lowered
 
 
-lower(loss, weights, x, segments)
+def lower_gradients(loss, *arguments):
+    lower(jax.grad(loss, argnums=(0, 1)), *arguments)
+
+
+def step(weights, x, states):
+    """One token of a stream."""
+    with StateScope([states]) as scope:
+        output, _ = block.stateless_call(weights, [], x)
+    return output, scope.states
+
+
+lower_gradients(loss, weights, x, segments)
+lower(step, weights, jax.ShapeDtypeStruct((2, 1, 16), "bfloat16"), block.get_initial_state(2))
 print(*sorted(set(launches)))
 
 # Passes that add to their outputs: what they add up, and the queries.
 for options in {"ridge": 0.3}, {"ridge": 0.3, "masked": False}:
     attend = functools.partial(ops.higher_order_attention, implementation="triton", **options)
     query, key = (jax.ShapeDtypeStruct((1, 100, n, 16), "bfloat16") for n in (2, 1))
-    lower(lambda *x, f=attend: f(*x).astype("float32").sum(), query, key, key)
+    lower_gradients(lambda *x, f=attend: f(*x).astype("float32").sum(), query, key, key)
 
 # On each of as many devices as there are: JAX asks of results along which axes they differ.
 mesh = jax.sharding.Mesh(jax.devices(), ("parts",))
 part = jax.P(None, "parts")
 distribution.split_sequence(block, "parts")
-lower(
+lower_gradients(
     jax.shard_map(
         lambda *x: jax.lax.psum(loss(*x), "parts"),
         mesh=mesh,

@@ -29,9 +29,8 @@ MAY_IMPORT = {
     "kernels.passes": "backend",
     "kernels.operator": "backend kernels.launching kernels.device kernels.passes",
     "kernels.stages": "kernels.launching kernels.device",
-    "kernels.cuda_graphs": "",
-    "kernels.fusion": "kernels.cuda_graphs kernels.launching kernels.operator kernels.passes "
-    "kernels.stages",
+    "kernels.token": "kernels.launching kernels.passes kernels.stages",
+    "kernels.fusion": "backend kernels.launching kernels.operator kernels.passes kernels.stages",
     # What a layer does before and after its operator: portable, or by kernels.
     "stages": "backend masking precision kernels.stages",
     # From public tensors to outputs and states.
@@ -41,11 +40,11 @@ MAY_IMPORT = {
     # Which implementation is taken, and the proof of kernels on a GPU that is not known.
     "kernels.small_cases": "evaluate inputs kernels.stages precision stages",
     "kernels.proof": "backend kernels.device kernels.small_cases operators stages",
-    "kernels": "backend checks operators kernels.cuda_graphs kernels.device kernels.passes "
-    "kernels.proof types",
+    "kernels": "backend checks operators kernels.device kernels.passes kernels.proof kernels.token "
+    "types",
     # What users call.
-    "layers": "backend checks evaluate inputs kernels kernels.fusion masking operators precision "
-    "scan stages types",
+    "layers": "backend checks evaluate inputs kernels kernels.fusion kernels.token masking "
+    "operators precision scan stages types",
     "distribution": "layers types",
     "torch_module": "types",
     "ops": "backend checks evaluate forms grouping inputs kernels operators types",
@@ -61,7 +60,7 @@ OTHERS = {
     "tensorflow": "backend export",  # whose files are made by TensorFlow
     "jax": "backend kernels.device kernels.launching",
     "torch": "backend kernels.device kernels.fusion kernels.launching torch_module",
-    "triton": "kernels.operator kernels.stages",
+    "triton": "kernels.operator kernels.stages kernels.token",
     "jax_triton": "kernels.launching",
     "keras_hub": "hub",
     "tf2onnx": "export",

@@ -11,6 +11,7 @@ from scripts import run_python
 
 from benchmarks import (
     contenders,
+    generation,
     layers,
     long_stream,
     memory,
@@ -200,6 +201,24 @@ def test_streaming(tmp_path, monkeypatch):
     ):
         assert float(found[name]["token of a call ms median"]) > 0
     assert 0 < float(found["hla2, to token 1,000"]["error of output"]) < 1e-5
+
+
+def test_generation(tmp_path, monkeypatch):
+    for name, value in {"VOCABULARY": 50, "CALL": 4, "LEAST": 1}.items():
+        monkeypatch.setattr(generation, name, value)
+    sizes = ["--batches", "1,2", "--contexts", "8", "--blocks", "1", "--heads", "1"]
+    options = ["--dtype", "float32", "--seconds", "0", "--out", str(tmp_path)]
+    assert generation.main(["--backend", BACKEND, *sizes, *options]) == 0
+    with (tmp_path / f"generation_{BACKEND}.csv").open(encoding="utf-8") as file:
+        found = [*csv.DictReader(file)]
+    assert [(x["model"], x["batch"]) for x in found] == [
+        ("HLA, auto", "1"),
+        ("HLA, auto", "2"),
+        ("attention, cached", "1"),
+        ("attention, cached", "2"),
+    ]
+    assert all(float(x["tokens per second"]) > 0 for x in found)
+    assert found[0]["implementation"].startswith("portable: ")
 
 
 # The processes import a backend again, of which torch is the quickest.

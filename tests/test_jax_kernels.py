@@ -8,7 +8,7 @@ from scripts import run_python
 KERNELS = {
     *("forward_kernel", "backward_kernel", "span_kernel", "decay_kernel", "decay_gradient_kernel"),
     *("convolution_kernel", "convolution_gradient_kernel", "norm_kernel", "norm_gradient_kernel"),
-    *("gate_kernel", "gate_gradient_kernel", "rotary_kernel"),
+    *("gate_kernel", "gate_gradient_kernel", "rotary_kernel", "token_kernel"),
 }
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from keras_hla import layers, streaming_model
+from keras_hla.streaming import check
+from keras_hla.streaming.signal import ROWS, Signal
 
 BACKEND = keras.config.backend()
 EVERY_OPTION = {
@@ -374,3 +376,46 @@ def test_errors(rng):
         stream({"tokens": tokens, **states, name: states[name][:, :1]})
     with pytest.raises(ValueError, match="must have shape"):
         stream({"tokens": draw(rng, (3, 3)), **states})
+
+
+def known_layers():
+    """Layers whose outputs a streaming model knows, with the signals that they take."""
+    sequence, tokens = Signal((ROWS, 1, 16), "float32", 1), Signal((ROWS, 1), "int32", 1)
+    options = {"feature_map": "elu_plus_one", "output_gate": "silu"}
+    yield layers.HLADecoderBlock(2, 4, **options), sequence
+    yield layers.HLA(2, 4, return_sequences=False, return_state=True), sequence
+    yield keras.layers.Dense(3, activation="softmax"), sequence
+    yield keras.layers.Dense(3), Signal((ROWS, 16), "float32", of_last_step=True)
+    yield keras.layers.Dense(3), Signal((ROWS, 16), "float32")
+    yield keras.layers.Dense(3), Signal((ROWS, 1, 4, 16), "float32", 1, 2)
+    yield keras.layers.Embedding(8, 4), tokens
+    yield keras.layers.Dropout(0.5), sequence
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_what_is_known_is_what_a_trial_shows(which):
+    layer, signal = [*known_layers()][which]
+    layer.build(signal.shape)
+    trial = check._Trial()
+    found = trial.visit(layer, signal)
+    assert trial._known
+    assert found == trial._try(layer, (signal,), {}, [signal])
+
+
+def test_what_is_tried():
+    class Mine(keras.layers.Dense):
+        pass
+
+    def activation(x):
+        return x
+
+    assert check._is_known(keras.layers.Dense(3, activation="silu"))
+    for layer in (
+        Mine(3),
+        keras.layers.Dense(3, activation=activation),
+        keras.layers.Dense(3, activation=keras.layers.Softmax(axis=1)),
+        layers.HLA(2, 4, conv_activation=activation),
+        layers.HLADecoderBlock(2, 4, activation=activation),
+        keras.layers.LayerNormalization(),
+    ):
+        assert not check._is_known(layer)

@@ -7,6 +7,13 @@ import keras
 
 from keras_hla.backend.loops import scan_serially
 
+# Of XLA. On a GPU it would try for each product which kernel is fastest.
+_FEW_OPTIMIZATIONS = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_gpu_autotune_level": 0,
+}
+
 
 def is_torch_compiling():
     """Whether PyTorch traces the call, for `torch.compile` or a file, where it is the backend."""
@@ -55,13 +62,12 @@ def traced(function, *inputs):
     return function(*inputs)
 
 
-def stateless(function, variables, jit=True):
+def stateless(function, variables):
     """`f(values, *inputs)`: the function with values in the place of the variables', for inference.
 
     Args:
         function: takes nests of tensors, returns a nest of tensors.
         variables: list of the `keras.Variable`s that it reads.
-        jit: whether JAX compiles it.
     """
     # What is compiled must not keep weights in memory that their layer has replaced.
     references = [weakref.ref(v) for v in variables]
@@ -71,15 +77,20 @@ def stateless(function, variables, jit=True):
         with keras.StatelessScope(state_mapping=mapping):
             return function(*inputs)
 
-    if keras.config.backend() == "jax" and jit:
-        import jax
-
-        return jax.jit(with_values)
     if keras.config.backend() == "torch":
         import torch
 
         return torch.no_grad()(with_values)
     return with_values
+
+
+def compiled_for_one_call(function):
+    """The function, which JAX compiles as a whole, in less time, to code that is slower."""
+    if keras.config.backend() != "jax":
+        return function
+    import jax
+
+    return jax.jit(function, compiler_options=_FEW_OPTIMIZATIONS)
 
 
 def compiled(function, variables, jit_compile=None):
@@ -92,6 +103,10 @@ def compiled(function, variables, jit_compile=None):
         jit_compile: under TensorFlow, whether XLA compiles it, as in `tf.function`.
     """
     call = stateless(function, variables)
+    if keras.config.backend() == "jax":
+        import jax
+
+        call = jax.jit(call)
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 

@@ -195,3 +195,12 @@ def gradients_are_recorded(x, *constants):
 
     recorded = torch.is_grad_enabled() and x.requires_grad and not is_torch_compiling()
     return recorded and not any(y.requires_grad for y in constants)
+
+
+def may_have_gradients(streams):
+    """Whether there may be gradients of a call: JAX does not tell, where it is of no stream."""
+    if keras.config.backend() != "torch":
+        return not streams
+    import torch
+
+    return torch.is_grad_enabled()

@@ -9,6 +9,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from keras_hla.backend.torch_loop_graph import LoopRecordings
+
 _aten = torch.ops.aten
 _CONVERSIONS = (_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device)
 _SWAPS = (_aten.swapaxes.default, _aten.transpose.int)
@@ -48,7 +50,8 @@ class TracedLoop:
 
     Most of the time of a small step is that of Keras. So the step is traced, once
     for each combination of shapes, and what is traced runs instead: without Keras,
-    and without what depends on the values alone, which runs once per loop.
+    and without what depends on the values alone, which runs once per loop. On a GPU
+    the loop is recorded as a CUDA graph.
 
     A step that cannot be traced, since what it does depends on what tensors hold,
     runs as it is, with a warning.
@@ -70,22 +73,19 @@ class TracedLoop:
             state: tuple of tensors, whose shapes and dtypes the step keeps.
             inputs: tuple of tensors whose first axis is that of the entries.
         """
-        entries = list(zip(*(x.unbind() for x in inputs), strict=True))
         with torch.no_grad():
-            traced = self._trace(values, state, entries[0])
-        if traced is None:
-            with torch.no_grad():
-                return _loop(functools.partial(self._call, len(state), values), state, entries)
+            traced = self._trace(values, state, [x[0] for x in inputs])
+            if traced is None:
+                return _loop(functools.partial(self._call, len(state), values), state, inputs)
         with torch.inference_mode():
-            prepare, step = traced
-            return _loop(functools.partial(step, *prepare(*values)), state, entries)
+            return traced(values, state, inputs)
 
     def _call(self, count, values, *tensors):
         output, state = self._step(values, tensors[:count], tensors[count:])
         return [output, *state]
 
     def _trace(self, values, state, entry):
-        """Functions of what depends on the values alone, and of the rest. Or `None`."""
+        """The loop of the traced step as a function, or `None`."""
         tensors = (*state, *entry)
         key = tuple((x.shape, x.dtype, x.device) for x in (*values, *tensors))
         if key not in self._traced:
@@ -94,9 +94,9 @@ class TracedLoop:
         return self._traced[key]
 
 
-def _loop(step, state, entries):
+def _loop(step, state, inputs):
     outputs = []
-    for entry in entries:
+    for entry in zip(*(x.unbind() for x in inputs), strict=True):
         output, *state = step(*state, *entry)
         outputs.append(output)
     return torch.stack(outputs), tuple(state)
@@ -126,10 +126,14 @@ def _trace(function, values, tensors):
         if node.target is torch._C._set_grad_enabled:  # There are no gradients anyway.
             graph.erase_node(node)
     if not all(map(_is_function, graph.nodes)):
-        return (lambda *values: values), fx.GraphModule(module, graph).forward
+        step = fx.GraphModule(module, graph).forward
+        return lambda values, *rest: _loop(functools.partial(step, *values), *rest)
     _simplify(graph)
     graphs = _split(graph, len(values))
-    return tuple(fx.GraphModule(module, graph).forward for graph in graphs)
+    prepare, step = (fx.GraphModule(module, graph).forward for graph in graphs)
+    return LoopRecordings(
+        prepare, lambda prepared, *rest: _loop(functools.partial(step, *prepared), *rest)
+    )
 
 
 def _is_function(node):

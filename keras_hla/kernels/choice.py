@@ -103,6 +103,28 @@ def choose(
     return _by_trust(operator, dtype, (key_dim, value_dim), decays, tensor)
 
 
+def choose_token(operator, dtype, dims, implementation, tensor):
+    """As `choose`, for one token after states: the kernel of `keras_hla.kernels.token` or not."""
+    if implementation == "portable":
+        return Choice("portable", "implementation='portable' was given")
+    obstacle = (
+        _outside_of_kernels(operator, dtype, dims)
+        or device.why_not(tensor)
+        or ("its chain has too many passes" if _chain_of(operator) is None else None)
+    )
+    if obstacle:
+        return Choice("portable", obstacle)
+    if implementation == "triton":
+        return Choice("triton", "implementation='triton' was given")
+    return Choice("portable", "the kernel of a token is not known to be faster")
+
+
+def _chain_of(operator):
+    from keras_hla.kernels.token import chain_of  # which imports Triton
+
+    return chain_of(operator)
+
+
 def _by_trust(operator, dtype, dims, decays, tensor):
     """The kernels, where they were measured or agree with the portable implementation."""
     if device.is_measured(tensor):

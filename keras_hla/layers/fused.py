@@ -30,7 +30,7 @@ def why_not_fused(cell, denses):
         denses: the projections, those of the cell and what is computed together with it.
     """
     activations = cell.conv_activation, cell.output_gate
-    more = [dense.path for dense in denses if not _is_plain(dense, cell)]
+    more = [dense.path for dense in denses if not is_plain(dense, cell)]
     obstacles = (
         (keras.config.backend() != "torch", "the backend compiles whole layers"),
         (is_torch_compiling(), "PyTorch compiles the layer"),
@@ -49,7 +49,7 @@ def why_not_fused(cell, denses):
     return next((reason for found, reason in obstacles if found), None)
 
 
-def _is_plain(dense, cell):
+def is_plain(dense, cell):
     """Whether a projection is a product and a bias, in the dtype of the stage that computes it."""
     dtype = cell.state_dtype if dense.name == "logit" else cell.compute_dtype
     more = dense.lora_enabled or dense.quantization_mode or dense.compute_dtype != dtype

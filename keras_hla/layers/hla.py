@@ -7,9 +7,10 @@ from keras import ops
 
 from keras_hla import kernels
 from keras_hla.backend.devices import devices_of, reference_to, referred_to
-from keras_hla.backend.tensors import where
+from keras_hla.backend.tensors import is_single_token, where
 from keras_hla.checks import check_choice, check_features, check_positive_int
 from keras_hla.layers import fused as fused_layers
+from keras_hla.layers import token
 from keras_hla.layers.arguments import plain, split_arguments
 from keras_hla.layers.composite import CompositeLayer
 from keras_hla.layers.hla_cell import HLACell
@@ -284,11 +285,15 @@ class HLA(CompositeLayer):
     ) -> kernels.Choice:
         """Returns the implementation of the operator and the reason: see `kernels.choose`.
 
+        Of a single token it is that of the whole layer but its projections.
+
         Args:
             sequences: Tensor like those of a call, for its device and known shape.
             segmented: Whether the call has `segment_ids`.
         """
         cell = self.cell
+        if sequences is not None and is_single_token(sequences):
+            return token.choose(self, sequences, segmented)
         return kernels.choose(
             cell.operator,
             dtype=self.compute_dtype,
@@ -323,13 +328,13 @@ class HLA(CompositeLayer):
         choice = self.implementation_for(sequences, segmented)
         if choice.implementation != "triton":
             return choice.reason
+        if sequences is not None and is_single_token(sequences):
+            return "one kernel computes a single token"
         if current_state_scope() is not None:
             return "the model streams"
         states = initial_state is not None or self.return_state or self.stateful
-        if states and self.context_parallel is not None:
-            return "several devices hold a sequence with states"
-        if mask is not None and self.context_parallel is not None:
-            return "several devices hold masked tokens"
+        if (states or mask is not None) and self.context_parallel is not None:
+            return "several devices hold a sequence with states or masked tokens"
         long = sequences is not None and is_rematerialized(self, sequences)
         if mask is not None and (states or long):
             return "there are a mask and states, if only between the parts of a long sequence"

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_hla import stages
-from keras_hla.backend.tensors import where
+from keras_hla.backend.tensors import is_single_token, where
 from keras_hla.checks import (
     as_tensor,
     check_features,
@@ -210,7 +210,7 @@ class HLADecoderBlock(CompositeLayer):
 
     def _transform_mlp(self, x, fused):
         """What the MLP adds to `x`, before dropout."""
-        if fused and not self._why_mlp_not_fused():
+        if fused and not is_single_token(x) and not self._why_mlp_not_fused():
             return fused_layers.transform_mlp(self, x)
         hidden = self.mlp_norm.normalize(x, fused)
         gates = self.gate_dense(hidden)

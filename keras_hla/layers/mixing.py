@@ -6,10 +6,11 @@ from keras import ops
 
 from keras_hla import stages
 from keras_hla.backend.loops import recomputed
-from keras_hla.backend.tensors import is_known
+from keras_hla.backend.tensors import is_known, is_single_token
 from keras_hla.evaluate import evaluate
 from keras_hla.inputs import arrange
 from keras_hla.layers import fused as fused_layers
+from keras_hla.layers import token
 from keras_hla.layers.rematerialization import scan_rematerialized
 
 
@@ -47,6 +48,11 @@ def _mix_part(layer, states, sequences, mask=None, starts=None, return_state=Tru
     """`mix` at once: choose, project, evaluate, finish."""
     cell, segmented = layer.cell, starts is not None
     implementation, _ = layer.implementation_for(sequences, segmented)
+    if implementation == "triton" and is_single_token(sequences):
+        if states is None:
+            states = layer.get_initial_state(ops.shape(sequences)[0])
+        output, states = token.mix(layer, states, sequences, mask)
+        return output, tuple(states) if return_state else ()
     fused, zero = stages.are_fused(implementation), None
     devices = None if shard is None else shard.devices
     if fused and layer.why_not_fused(sequences, states, mask, segmented) is None:

@@ -1,29 +1,33 @@
 """Whether a model can be read piece by piece: each of its operations is tried."""
 
+import contextlib
 import inspect
 
 import keras
 from keras import tree
 import numpy as np
 
-from keras_hla.backend.compiling import stateless, traced
+from keras_hla.backend.compiling import compiled_for_one_call, stateless, traced
 from keras_hla.layers.hla import HLA
 from keras_hla.layers.hla_decoder_block import HLADecoderBlock
 from keras_hla.layers.state_scope import StateScope
 from keras_hla.streaming.model_call import ModelCall
-from keras_hla.streaming.signal import ROWS, Signal, signal_of
+from keras_hla.streaming.signal import ROWS, Signal, signal_of, signal_of_shapes
 
 # An operation is tried with one of these numbers of steps and one step more. They are prime, so
 # that no period of positions goes unnoticed; and the last, alone, must not miss those before it.
 _LENGTHS = (13, 31, 101, 601)
 _MOST_ELEMENTS, _MOST_PRODUCTS = 2**22, 2**30  # in the longest trial that is worth its time
+# Layers that act on each time step alone, or stream, if they can read a piece.
+_KNOWN = (HLA, HLADecoderBlock, keras.layers.Dense, keras.layers.Dropout, keras.layers.Embedding)
 
 
 def check_streams(model):
     """Raises a `ValueError` that names the layer by which a model cannot be streamed.
 
-    A model can be if each of its operations can, tried by itself on random tensors: it gives
-    for two pieces, with the states between them, what it gives for the whole.
+    A model can be if each of its operations can. Of some layers that is known. Others are
+    tried, each by itself on random tensors: it gives for two pieces, with the states
+    between them, what it gives for the whole.
 
     Returns:
         The `StateScope` of a call, which has met the `HLA` layers of the model.
@@ -42,7 +46,7 @@ def check_streams(model):
     }
     _Trial().visit(call.model, call.arrange_inputs(inputs))
     rng = np.random.default_rng(0)
-    pieces = {name: signal.draw(rng, 1)[0] for name, signal in inputs.items()}
+    pieces = {name: _tensor(x.draw(rng, 1)[0], x.dtype) for name, x in inputs.items()}
     return traced(call, pieces)[1]
 
 
@@ -51,7 +55,7 @@ class _Trial:
 
     def __init__(self):
         self._rng = np.random.default_rng(0)
-        self._done = {}  # outputs of our own layers, of which many may be alike
+        self._known = {}  # outputs of known layers, of which many may be alike
 
     def visit(self, operation, *args, **kwargs):
         """The signals that an operation gives for signals among its arguments."""
@@ -62,36 +66,55 @@ class _Trial:
                 flat, operation_fn=lambda inner: lambda *a, **k: self.visit(inner, *a, **k)
             )
         signals = [x for x in tree.flatten((args, kwargs)) if isinstance(x, Signal)]
-        if type(operation) not in (HLA, HLADecoderBlock):
+        if not _is_known(operation):
             return self._try(operation, args, kwargs, signals)
         config = operation.get_config()
         for name in ("name", "seed", "trainable"):
-            del config[name]
+            config.pop(name, None)
         key = repr((type(operation), config, args, kwargs))
-        if key not in self._done:
-            self._done[key] = self._try(operation, args, kwargs, signals)
-        return self._done[key]
+        if key not in self._known:
+            self._known[key] = self._trust(operation, args, kwargs, signals)
+        return self._known[key]
+
+    def _trust(self, operation, args, kwargs, signals):
+        """The signals that a layer gives, from shapes alone."""
+        call = _function(operation, args, kwargs)
+        with _refusing(operation):
+            one, two = (
+                traced(
+                    lambda *arrays: call(arrays)[0],
+                    *(x.draw(self._rng, length - 1)[0] for x in signals),
+                )
+                for length in (1, 2)
+            )
+        varies = any(x.varies for x in signals)
+        return [signal_of_shapes(x, y, varies) for x, y in zip(one, two, strict=True)]
 
     def _try(self, operation, args, kwargs, signals):
-        run = _function(operation, args, kwargs, self._rng)
+        run = _with_other_weights(operation, _function(operation, args, kwargs), self._rng)
         length = _length(operation, signals)
-        whole, first, last = zip(*(x.draw(self._rng, length) for x in signals), strict=True)
-        try:
-            whole, _ = run(list(whole), None)
-            first, states = run(list(first), None)
-            last, _ = run(list(last), states)
-        except Exception as error:
-            # Keras puts another in its place, with all arguments of the call.
-            reason = error.__context__ if error.__suppress_context__ else error
-            raise _refusal(operation, f"which cannot read a piece: {reason}") from error
+        pieces = zip(*(x.draw(self._rng, length) for x in signals), strict=True)
+        with _refusing(operation):
+            whole, first, last = run(*pieces)
         varies = any(x.varies for x in signals)
-        outputs = [signal_of(*x, length, varies) for x in zip(whole, first, last, strict=True)]
-        if None in outputs:
+        found = [signal_of(*x, length, varies) for x in zip(whole, first, last, strict=True)]
+        if None in found:
             raise _refusal(
                 operation,
                 "whose outputs for a piece of a sequence are not those that it has in the whole",
             )
-        return outputs
+        return found
+
+
+@contextlib.contextmanager
+def _refusing(operation):
+    """Turns exceptions of an operation that is called into refusals of it."""
+    try:
+        yield
+    except Exception as error:
+        # Keras puts another in its place, with all arguments of the call.
+        reason = error.__context__ if error.__suppress_context__ else error
+        raise _refusal(operation, f"which cannot read a piece: {reason}") from error
 
 
 def _refusal(operation, reason):
@@ -110,31 +133,68 @@ def _graph(operation):
     return operation if functional and kind.call.__qualname__ == "Functional.call" else None
 
 
-def _function(operation, args, kwargs, rng):
-    """`f(tensors, states)`: the outputs and the new states, with tensors in the place of signals.
+def _is_known(operation):
+    """Whether it is known that a layer streams: if nothing in it is of others than Keras and us."""
+    if type(operation) not in _KNOWN:
+        return False
+    parts = operation._flatten_layers()
+    kinds = {type(x) for x in parts} | {type(x.operator) for x in parts if hasattr(x, "operator")}
+    names = "activation", "feature_map", "conv_activation", "output_gate"
+    functions = {getattr(x, name, None) for x in parts for name in names} - {None}
+    return all(kind in _KNOWN or _is_from(("keras_hla",), kind) for kind in kinds) and all(
+        inspect.isfunction(x) and _is_from(("keras", "keras_hla"), x) for x in functions
+    )
 
-    Its weights differ from those of the operation: one that is zero hides nothing then.
-    """
-    variables = [v for v in getattr(operation, "variables", []) if "float" in v.dtype]
-    values = [
-        v.value + keras.ops.cast(0.05 * np.abs(rng.standard_normal(v.shape)), v.dtype)
-        for v in variables
-    ]
+
+def _is_from(packages, x):
+    return x.__module__.partition(".")[0] in packages
+
+
+def _function(operation, args, kwargs):
+    """`f(arrays, states)`: outputs and new states, with arrays in the place of signals."""
     if "training" in inspect.signature(operation.call).parameters:
         kwargs = kwargs | {"training": False}
 
-    def run(tensors, states):
-        tensors = iter(tensors)
+    def call(arrays, states=None):
+        arrays = iter(arrays)
         filled_args, filled_kwargs = tree.map_structure(
-            lambda x: next(tensors) if isinstance(x, Signal) else x, (args, kwargs)
+            lambda x: _tensor(next(arrays), x.dtype) if isinstance(x, Signal) else x,
+            (args, kwargs),
         )
         with StateScope(states) as scope:
             outputs = operation(*filled_args, **filled_kwargs)
         return tree.flatten(outputs), scope.states
 
-    # JAX compiles longer than it takes for most layers, one operation after the other.
-    call = stateless(run, variables, jit=_has_states(operation))
-    return lambda tensors, states: call(values, tensors, states)
+    return call
+
+
+def _with_other_weights(operation, call, rng):
+    """`f(whole, first, last)`: the outputs for arrays, with other weights than the operation has.
+
+    One that is zero hides nothing then.
+    """
+    variables = [v for v in getattr(operation, "variables", []) if "float" in v.dtype]
+    values = [v.value for v in variables]
+    shifts = [rng.random(v.shape, "float32") for v in variables]
+
+    def call_with_pieces(whole, first, last):
+        whole, _ = call(whole)
+        first, states = call(first)
+        return whole, first, call(last, states)[0]
+
+    with_values = stateless(call_with_pieces, variables)
+
+    # Compiled as one, since JAX takes longer to compile operation after operation.
+    @compiled_for_one_call
+    def run(values, shifts, *pieces):
+        shifted = [x + 0.1 * _tensor(s, x.dtype) for x, s in zip(values, shifts, strict=True)]
+        return with_values(shifted, *pieces)
+
+    return lambda *pieces: run(values, shifts, *pieces)
+
+
+def _tensor(array, dtype):
+    return keras.ops.cast(keras.ops.convert_to_tensor(array), dtype)
 
 
 def _parts(operation):

@@ -38,7 +38,7 @@ class Signal:
         return self.per_step * int(np.prod(rest))
 
     def draw(self, rng, length):
-        """Arrays for the whole, for its first piece of `length` steps, and for the last step."""
+        """Arrays of float32 for the whole, its first piece of `length` steps, and its last step."""
         if self.axis is None:
             whole = self._random(rng, self.shape)
             return whole, self._random(rng, self.shape) if self.of_last_step else whole, whole
@@ -49,8 +49,24 @@ class Signal:
 
     def _random(self, rng, shape):
         tokens = "float" not in self.dtype or (self.axis is not None and len(shape) == 2)
-        values = rng.integers(0, 2, shape) if tokens else rng.standard_normal(shape)
-        return keras.ops.convert_to_tensor(values.astype("float32"), self.dtype)
+        values = rng.integers(0, 2, shape) if tokens else rng.standard_normal(shape, "float32")
+        return values.astype("float32")
+
+
+def signal_of_shapes(one, two, varies):
+    """The signal of an output of an operation that is known to stream.
+
+    Args:
+        one: the output for one step.
+        two: the output for two steps.
+        varies: whether it depends on a sequence.
+    """
+    shape, dtype = tuple(one.shape), keras.backend.standardize_dtype(one.dtype)
+    axes = [i for i, n in enumerate(two.shape) if n != shape[i]]
+    if not axes:
+        return Signal(shape, dtype, of_last_step=varies)
+    (axis,) = axes
+    return Signal((*shape[:axis], 1, *shape[axis + 1 :]), dtype, axis, shape[axis])
 
 
 def signal_of(whole, first, last, length, varies):
@@ -101,7 +117,6 @@ def _differ(actual, expected, dtype):
 
 def _array(x):
     if not isinstance(x, np.ndarray):
-        x = keras.ops.convert_to_numpy(
-            keras.ops.cast(x, "float64" if x.dtype == "float64" else "float32")
-        )
+        x = keras.ops.convert_to_numpy(x)
+        x = x if x.dtype == "float64" else x.astype("float32")
     return x

@@ -9,8 +9,8 @@ import weakref
 
 import torch
 
-from keras_hla.kernels import cuda_graphs
-from keras_hla.kernels.fusion.graph_pool import can_capture, pool_of
+from keras_hla.backend import cuda_graphs
+from keras_hla.backend.graph_pool import can_capture, pool_of
 from keras_hla.kernels.launching.torch_launcher import as_kernels_take_it, refuse_second_gradients
 
 # Consecutive calls of one shape, the last of which is recorded: changing shapes are not.

@@ -4,6 +4,7 @@ import ast
 import functools
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 _ALIGNMENT = 16  # bytes, of the addresses that kernels are compiled for
 _SCHEMA = "(Tensor[] tensors, str description) -> Tensor[]"
@@ -15,7 +16,7 @@ _GRADIENT_SCHEMA = (
 def call(function, options, tensors):
     """Evaluates a `KernelFunction`, differentiably."""
     needed = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or any(isinstance(x, FakeTensor) for x in tensors.values()):
         names = tuple(tensors)
         count = function.count(options)
         description = repr((_as_numbers(options), names, needed, count))
