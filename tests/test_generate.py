@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import threading
 import weakref
 
 from backends import compiled, to_numpy
@@ -317,6 +318,27 @@ def test_no_layer_is_called_for_each_token():
     assert count(8, temperature=0.9, top_p=0.9) > 0
     # On what is compiled only for the prompt, if at all; whatever the numbers.
     assert count(80, temperature=0.8, top_p=0.8) == count(8, temperature=0.7, top_p=0.7) < 8
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="others compile in a call")
+def test_jax_compiles_the_loop_once_while_it_compiles_the_prompt():
+    from jax import monitoring
+
+    threads = []  # in which each of the programs of the model is compiled
+
+    def listen(event, _, fun_name=None, **__):
+        if event.endswith("backend_compile_duration") and fun_name == "jit(with_values)":
+            threads.append(threading.current_thread())
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        model = small_model(keras.layers.Dense(8))
+        for seed in range(2):
+            generate(model, [[1, 2, 3], [4]], 20, top_k=2, tokens_per_call=8, seed=seed)
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
+    assert threads.count(threading.main_thread()) == 1
+    assert len(threads) == 2
 
 
 class Choosing(keras.layers.Layer):

@@ -414,6 +414,7 @@ def test_what_is_tried():
         Mine(3),
         keras.layers.Dense(3, activation=activation),
         keras.layers.Dense(3, activation=keras.layers.Softmax(axis=1)),
+        keras.layers.Dense(3, activation=keras.ops.flip),
         layers.HLA(2, 4, conv_activation=activation),
         layers.HLADecoderBlock(2, 4, activation=activation),
         keras.layers.LayerNormalization(),

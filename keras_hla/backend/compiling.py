@@ -1,6 +1,8 @@
 """What is traced and compiled, on each backend of Keras."""
 
+import contextlib
 import functools
+import threading
 import weakref
 
 import keras
@@ -93,13 +95,52 @@ def compiled_for_one_call(function):
     return jax.jit(function, compiler_options=_FEW_OPTIMIZATIONS)
 
 
+class Compiled:
+    """A function of tensors that is compiled, and reads the values of variables when called.
+
+    Args:
+        call: takes the list of the values, and nests of tensors.
+        variables: list of the `keras.Variable`s. Only weak references to them are kept.
+    """
+
+    def __init__(self, call, variables):
+        self._call = call
+        self._references: list = [weakref.ref(v) for v in variables]
+
+    def __call__(self, *inputs):
+        return self._call(self._values(), *inputs)
+
+    def compile_ahead(self, *inputs):
+        """Begins to compile for such inputs, under JAX, which can while other code runs.
+
+        Args:
+            inputs: nests of what has the shape and the dtype of a tensor.
+        """
+        if keras.config.backend() != "jax":
+            return
+        import jax
+
+        inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+        lowered = self._call.lower(self._values(), *inputs)
+
+        def compile_it():
+            with contextlib.suppress(Exception):  # The call will raise it.
+                lowered.compile()
+
+        # JAX keeps what it compiles, and a call waits for what is being compiled.
+        threading.Thread(target=compile_it).start()
+
+    def _values(self):
+        # Under TensorFlow they are its variables, as XLA would copy tensors at each call.
+        return [reference().value for reference in self._references]
+
+
 def compiled(function, variables, jit_compile=None):
-    """The function for inference, compiled anew for each combination of shapes.
+    """The `Compiled` function for inference, compiled anew for each combination of shapes.
 
     Args:
         function: takes and returns nests of tensors.
-        variables: list of the `keras.Variable`s that it reads, whose values may change. Only
-            weak references to them are kept.
+        variables: list of the `keras.Variable`s that it reads, whose values may change.
         jit_compile: under TensorFlow, whether XLA compiles it, as in `tf.function`.
     """
     call = stateless(function, variables)
@@ -112,19 +153,11 @@ def compiled(function, variables, jit_compile=None):
 
         # A partial one, or TensorFlow warns of the traces of all that is compiled here together.
         call = tf.function(functools.partial(call), autograph=False, jit_compile=jit_compile)
-    values = _values(variables)
-    return lambda *inputs: call(values(), *inputs)
-
-
-def _values(variables):
-    """A function that returns the values of variables at the time, as a list."""
-    # Under TensorFlow they are its variables, as XLA would copy tensors at each call.
-    references: list = [weakref.ref(v) for v in variables]
-    return lambda: [reference().value for reference in references]
+    return Compiled(call, variables)
 
 
 def compiled_scan(step, variables, output_dtype=None):
-    """`scan(state, inputs)`, that is `scan_serially` of the step, for inference.
+    """`scan(state, inputs)`, that is `scan_serially` of the step, `Compiled` for inference.
 
     It is compiled anew for each combination of shapes. Under PyTorch the step alone is
     traced, for a loop in Python; one that cannot be traced runs as it is, with a warning.
@@ -137,8 +170,7 @@ def compiled_scan(step, variables, output_dtype=None):
     if keras.config.backend() == "torch":
         from keras_hla.backend.torch_loop import TracedLoop
 
-        loop, values = TracedLoop(stateless(step, variables)), _values(variables)
-        return lambda state, inputs: loop(values(), state, inputs)
+        return Compiled(TracedLoop(stateless(step, variables)), variables)
 
     def scan(state, inputs):
         return scan_serially(step, state, inputs, output_dtype)

@@ -134,7 +134,7 @@ def _graph(operation):
 
 
 def _is_known(operation):
-    """Whether it is known that a layer streams: if nothing in it is of others than Keras and us."""
+    """Whether it is known that a layer streams: if it is made of known layers and activations."""
     if type(operation) not in _KNOWN:
         return False
     parts = operation._flatten_layers()
@@ -142,12 +142,14 @@ def _is_known(operation):
     names = "activation", "feature_map", "conv_activation", "output_gate"
     functions = {getattr(x, name, None) for x in parts for name in names} - {None}
     return all(kind in _KNOWN or _is_from(("keras_hla",), kind) for kind in kinds) and all(
-        inspect.isfunction(x) and _is_from(("keras", "keras_hla"), x) for x in functions
+        # Other functions of Keras, such as `keras.ops.flip`, may mix time steps.
+        inspect.isfunction(x) and _is_from(("keras.src.activations", "keras_hla"), x)
+        for x in functions
     )
 
 
 def _is_from(packages, x):
-    return x.__module__.partition(".")[0] in packages
+    return f"{x.__module__}.".startswith(tuple(f"{package}." for package in packages))
 
 
 def _function(operation, args, kwargs):

@@ -34,15 +34,17 @@ def writer_of(model):
 
 def write(model, prompts, inputs, drawing, tokens_per_call):
     """Yields lists of the new tokens of each prompt."""
-    numbers = drawing.inverse, drawing.share
+    numbers = [np.array([x] * tokens_per_call, "float32") for x in (drawing.inverse, drawing.share)]
     generators = drawing.generators(len(prompts))
-    state = writer_of(model).read(prompts, inputs)
+    writer = writer_of(model)
+    uniform = np.empty((tokens_per_call, len(prompts)), "float32")
+    writer.prepare_to_draw((uniform, *numbers), drawing.candidates)
+    state = writer.read(prompts, inputs)
     live = np.ones(len(prompts), bool)
     for begin in range(0, drawing.max_new_tokens, tokens_per_call):
-        uniform = np.stack([g.random(tokens_per_call, "float32") for g in generators])
-        entries = (uniform.T, *(np.array([x] * tokens_per_call, "float32") for x in numbers))
+        uniform = np.stack([g.random(tokens_per_call, "float32") for g in generators], axis=1)
         # The model may change from piece to piece.
-        tokens, state = writer_of(model).draw(state, entries, drawing.candidates)
+        tokens, state = writer_of(model).draw(state, (uniform, *numbers), drawing.candidates)
         piece = []
         for row, drawn in enumerate(tokens.T[:, : drawing.max_new_tokens - begin]):
             ends = np.flatnonzero(np.isin(drawn, drawing.stops))
@@ -110,6 +112,22 @@ class Writer:
             logits, states = self.read_piece(*piece, states)
         return logits, *(states[name] for name in self.names)
 
+    def prepare_to_draw(self, entries, top_k):
+        """Begins to compile what `draw` needs, if it is new, while the prompts are read.
+
+        Args:
+            entries: as in `draw`, of which the shapes matter.
+            top_k: as in `sample`.
+        """
+        count = entries[0].shape[1]
+        if (top_k, count) in self._loops:
+            return
+        state = [keras.KerasTensor((count, self.vocabulary_size), self.logits_dtype)]
+        for name in self.names:
+            x = self.stream.input[name]
+            state.append(keras.KerasTensor((count, *x.shape[1:]), x.dtype))
+        self._loop(top_k, count).compile_ahead(tuple(state), entries)
+
     def draw(self, state, entries, top_k):
         """The next tokens, an array `(entries, batch)`, and the state after them.
 
@@ -118,12 +136,16 @@ class Writer:
             entries: tuple of arrays, for each token the last arguments of `sample` but `top_k`.
             top_k: as in `sample`.
         """
-        key = (top_k, state[0].shape[0])
+        loop = self._loop(top_k, state[0].shape[0])
+        tokens, state = loop(state, tuple(map(ops.convert_to_tensor, entries)))
+        return ops.convert_to_numpy(tokens), state
+
+    def _loop(self, top_k, count):
+        key = (top_k, count)
         if key not in self._loops:
             step = self._step(top_k)
             self._loops[key] = compiled_scan(step, self.stream.variables, "int32")
-        tokens, state = self._loops[key](state, tuple(map(ops.convert_to_tensor, entries)))
-        return ops.convert_to_numpy(tokens), state
+        return self._loops[key]
 
     def _step(self, top_k):
         def step(state, entries):
