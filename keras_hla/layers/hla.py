@@ -292,7 +292,7 @@ class HLA(CompositeLayer):
     ) -> kernels.Choice:
         """Returns the implementation of the operator and the reason: see `kernels.choose`.
 
-        Of a single token it is that of the whole layer but its projections.
+        For a single token it is that of the whole layer except its projections.
 
         Args:
             sequences: Tensor like those of a call, for its device and known shape.

@@ -18,7 +18,7 @@ from keras_hla.types import Tensor
 
 
 class SchedulerFullError(RuntimeError):
-    """As many sessions wait for a row as may: try again later."""
+    """Too many sessions wait for a row: try again later."""
 
 
 class Scheduler:

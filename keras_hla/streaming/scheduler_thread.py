@@ -235,7 +235,7 @@ class TokenStream:
 
 
 class _News:
-    """What a consumer waits for: in its thread, or in its loop of asyncio."""
+    """What a consumer waits for: in its thread, or in its event loop of asyncio."""
 
     def __init__(self):
         self.event = threading.Event()
