@@ -1,8 +1,8 @@
 """The primitive over a sequence of which each device holds a contiguous shard.
 
-Devices are one more level of blocks, above that of chunks: each scans its own chunks from zero,
-all exchange the sums that this gives, and each takes up the state that the shards before its own
-leave. A pass has one exchange, of a size that does not depend on the length.
+Devices are one more level of blocks, above that of chunks: each scans its own chunks from zero, a
+collective gathers the sums of all, and each adds the state that the shards before its own leave. A
+pass has one collective, of a size that does not depend on the length.
 """
 
 from keras import ops

@@ -12,8 +12,8 @@ _LARGEST = 2**31 - 1  # of the integers that count tokens
 def segment_starts(segment_ids, mask, devices=None):
     """Where a segment starts, `(batch, length)`, but for the first one, which goes on.
 
-    Tokens where `mask` is false belong to no segment. Of a shard of a sequence, which several
-    devices hold, the first segment goes on if it is the last of the parts before.
+    Tokens where `mask` is false belong to no segment. In a shard of a sequence the first segment
+    goes on if it is the last one of the shards before.
     """
     if devices is None:
         return _starts(segment_ids, mask)

@@ -33,7 +33,7 @@ from keras_hla.backend.tensors import (
 _DIRECT = 64
 # The size of a block where the number of states is unknown at trace time.
 _BLOCK = 32
-# Log-decays are summed as whole numbers of the fraction 1 / 256, and their rests.
+# Log-decays are summed as whole numbers of the fraction 1 / 256, and their remainders.
 _FRACTIONS = 256
 
 
@@ -141,7 +141,7 @@ def decay_products(log_decay):
 
 
 def _cumulative_sums(log_decay):
-    """The sums up to each token, in two parts: whole 256ths, as integers, and the rests.
+    """The sums up to each token, in two parts: whole 256ths, as integers, and the remainders.
 
     Differences of the first are exact and those of the second, which stay small, accurate,
     however long the sums have become.

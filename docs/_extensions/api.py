@@ -19,7 +19,7 @@ _MODULE = re.compile(r"^- `(\w+)`: ", re.MULTILINE)
 # By these the layers of the package work together; they are not for users.
 _INTERNAL = {
     *("denses", "drop", "finish", "make_dense", "mlp_size", "options_of", "project"),
-    *("projected_sizes", "split_states", "starts_of"),
+    *("angles", "projected_sizes", "split_states", "starts_and_shard", "starts_of"),
     *("get_dropout_mask", "get_recurrent_dropout_mask"),
 }
 SECTIONS = {

@@ -160,7 +160,7 @@ class TorchDevices:
         return gathered.movedim(0, axis)
 
     def exchanging_once(self, function):
-        """The function, of which each call but the first reads what that one has gathered."""
+        """The function, whose first call gathers; later calls read what it has gathered."""
         gathered: list = []
 
         def call(*arguments, **options):

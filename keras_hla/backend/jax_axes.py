@@ -1,4 +1,4 @@
-"""The axes of a `jax.shard_map` along which arrays differ, of which JAX keeps account."""
+"""The axes of a `jax.shard_map` along which arrays differ, which JAX tracks."""
 
 import jax
 
@@ -10,7 +10,7 @@ def differing_axes(*arrays):
 
 
 def differing_along(axes, arrays):
-    """A nest of arrays, which JAX is to take for such that differ along axes."""
+    """A nest of arrays, which JAX takes from here on as different along axes."""
     if not axes:  # as always before JAX knew of them
         return arrays
     return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes - _axes(x)), to="varying"), arrays)

@@ -60,7 +60,7 @@ def _scan_tensorflow(step, state, inputs, output_dtype=None):
 
 
 def scan_recomputed(step, state, inputs, variables):
-    """`scan_serially` for large entries, of which the backward pass computes each again.
+    """`scan_serially` for large entries, each of which the backward pass recomputes.
 
     It keeps the states between the entries, and what it needs of one entry at a time. But
     `torch.compile` chooses by itself what to keep.
@@ -93,7 +93,7 @@ def recomputed(function, variables, devices):
     Args:
         function: takes and returns nests of tensors.
         variables: list of the `keras.Variable`s that it reads.
-        devices: those with which it exchanges some, as `keras_hla.backend.devices` makes them.
+        devices: those whose collectives it runs, as `keras_hla.backend.devices` makes them.
     """
     if keras.config.backend() == "torch":
         import torch

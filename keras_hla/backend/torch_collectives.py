@@ -1,4 +1,4 @@
-"""Exchanges between processes under PyTorch, differentiable any number of times.
+"""Collectives of processes under PyTorch, differentiable any number of times.
 
 They have no forward mode: `torch.compile` makes one graph only of what defines none.
 """
@@ -43,7 +43,7 @@ class AllGather(_OfGroup):
 
 
 class GatheredBefore(_OfGroup):
-    """`AllGather` where the result is known, and nothing but gradients is exchanged."""
+    """`AllGather` where the result is known, and only gradients are communicated."""
 
     @staticmethod
     def forward(x, group, known):

@@ -1,4 +1,4 @@
-"""What happens to parameters behind the back of Keras, under PyTorch."""
+"""Parameters that PyTorch replaces, of which Keras knows nothing."""
 
 import sys
 

@@ -202,7 +202,14 @@ class HLABackbone(Backbone):
         return layout_map(device_mesh, model_parallel_dim_name, data_parallel_dim_name)
 
     def get_initial_state(self, batch_size: int) -> list[Tensor]:
-        """Returns the states before the first token: for each block its list."""
+        """Returns the states before the first token.
+
+        Args:
+            batch_size: Number of rows of the batch.
+
+        Returns:
+            For each block the list of its states, zeros.
+        """
         return [block.get_initial_state(batch_size) for block in self.decoder_blocks]
 
     def call_with_states(

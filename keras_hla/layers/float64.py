@@ -1,4 +1,4 @@
-"""Projections that stay in float64 under a policy of it, where Keras' own do not under PyTorch."""
+"""Projections that stay in float64 under a float64 policy, unlike those of Keras under PyTorch."""
 
 import keras
 from keras import ops

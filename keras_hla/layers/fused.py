@@ -57,9 +57,9 @@ def is_plain(dense, cell):
 
 
 def mix(layer, sequences, starts, mask=None, shard=None):
-    """The outputs of an `HLA` layer, before dropout, from its start; of masked tokens any.
+    """The outputs of an `HLA` layer, before dropout, without states; undefined at masked tokens.
 
-    With a mask the unmasked tokens come first meanwhile: to them it is as if there were no others.
+    With a mask the unmasked tokens are moved to the front, where no masked one is before them.
 
     Args:
         layer: the layer.
@@ -177,10 +177,10 @@ def _orders(mask):
 
 
 def take_part(cell, sequences, starts, shard):
-    """Exchanges what `mix` does, for a shard without tokens.
+    """Runs the collectives of `mix`, for a shard without tokens.
 
     Returns:
-        Zero, by which the exchange has its part in the backward pass; or `None`, without one.
+        Zero, through which the collective takes part in the backward pass; `None` without one.
     """
     if cell.conv_kernel_size is None:
         return None
@@ -227,7 +227,7 @@ def _record_mixer_with_states(recorder, layer, inputs):
 
 
 def _record_block(recorder, block, inputs):
-    """Notes the stages of a block."""
+    """Records the stages of a block."""
     x = recorder.add(inputs["sequences"], *_record_mixer_branch(recorder, block, inputs))
     return (recorder.add(x, *_record_mlp_branch(recorder, block, {"sequences": x})),)
 
@@ -246,7 +246,7 @@ def _record_mlp_branch(recorder, block, inputs):
 
 
 def _record_mixer(recorder, cell, x, inputs):
-    """Notes what an `HLA` layer makes of `x`.
+    """Records the stages of an `HLA` layer of `x`.
 
     Returns what stands for the output; and, if there are states, for those of the operator and the
     projected tokens that a convolution reads after them.

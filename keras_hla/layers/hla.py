@@ -226,7 +226,14 @@ class HLA(CompositeLayer):
         self._context_parallel = reference_to(context_parallel)
 
     def get_initial_state(self, batch_size: int) -> list[Tensor]:
-        """Returns the list of states before the first token."""
+        """Returns the list of states before the first token.
+
+        Args:
+            batch_size: Number of rows of the batch.
+
+        Returns:
+            The list of states, zeros, as `initial_state` of a call takes them.
+        """
         return self.cell.get_initial_state(batch_size)
 
     def reset_state(self) -> None:
@@ -285,11 +292,17 @@ class HLA(CompositeLayer):
     ) -> kernels.Choice:
         """Returns the implementation of the operator and the reason: see `kernels.choose`.
 
-        Of a single token it is that of the whole layer but its projections.
+        For a single token it is that of the whole layer except its projections.
 
         Args:
             sequences: Tensor like those of a call, for its device and known shape.
             segmented: Whether the call has `segment_ids`.
+
+        Returns:
+            A `kernels.Choice`, the pair of `implementation` and `reason`.
+
+        Raises:
+            ValueError: if the layer has `implementation="triton"`, and the kernels cannot run.
         """
         cell = self.cell
         if sequences is not None and is_single_token(sequences):
@@ -324,6 +337,9 @@ class HLA(CompositeLayer):
             initial_state: As in a call.
             mask: As in a call.
             segmented: Whether the call has `segment_ids`.
+
+        Returns:
+            The reason in words, or `None`.
         """
         choice = self.implementation_for(sequences, segmented)
         if choice.implementation != "triton":

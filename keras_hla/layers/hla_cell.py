@@ -118,7 +118,14 @@ class HLACell(HLAWeights, DropoutRNNCell):
     """
 
     def get_initial_state(self, batch_size: int) -> list[Tensor]:
-        """Returns the list of states before the first token: zeros."""
+        """Returns the list of states before the first token.
+
+        Args:
+            batch_size: Number of rows of the batch.
+
+        Returns:
+            The list of states, zeros, in the order of `state_names`.
+        """
         return [ops.zeros((batch_size, *size), self.state_dtype) for size in self.state_size]
 
     def call(self, inputs: Tensor, states: State, training: bool | None = None) -> Any:

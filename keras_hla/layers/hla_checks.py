@@ -38,7 +38,7 @@ def check_settings(layer):
 
 
 def check_split(layer, context_parallel):
-    """Refuses devices whose parts of a sequence the layer cannot take."""
+    """Refuses devices whose shards of a sequence the layer cannot take."""
     check_context_parallel(context_parallel)
     for name, needed in (("causal", True), ("go_backwards", False)):
         if context_parallel is not None and getattr(layer, name) != needed:

@@ -162,7 +162,14 @@ class HLADecoderBlock(CompositeLayer):
         return self.mixer.states
 
     def get_initial_state(self, batch_size: int) -> list[Tensor]:
-        """Returns the list of states before the first token."""
+        """Returns the list of states before the first token.
+
+        Args:
+            batch_size: Number of rows of the batch.
+
+        Returns:
+            The list of states of the mixer, zeros.
+        """
         return self.mixer.get_initial_state(batch_size)
 
     def reset_state(self) -> None:

@@ -22,7 +22,7 @@ class QuantizedDTypePolicyMap(DTypePolicyMap):
         self.configs = configs or {}
 
     def is_like(self, other):
-        """Whether another one, or `None`, says the same."""
+        """Whether another policy, or `None`, is equal."""
         if not isinstance(other, QuantizedDTypePolicyMap):
             return False
         policies = (self.default_policy, {**self}), (other.default_policy, {**other})

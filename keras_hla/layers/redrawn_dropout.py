@@ -1,4 +1,4 @@
-"""`keras.RematScope` with dropout, which gives wrong gradients where Keras draws it anew."""
+"""`keras.RematScope` with dropout, whose gradients are wrong where Keras draws it twice."""
 
 import warnings
 

@@ -8,9 +8,9 @@ from keras_hla.stages.rotary import moved_on
 
 
 class SequenceShard:
-    """What a layer reads of the parts before its own, and what it leaves after all of them.
+    """What a layer reads of the shards before its own, and what is left after all of them.
 
-    What it exchanges is of a size that does not depend on the length.
+    The size of its collectives does not depend on the length.
 
     Args:
         devices: as `keras_hla.backend.devices.devices_of` returns them.

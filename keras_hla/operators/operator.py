@@ -25,7 +25,14 @@ class Scan(Protocol):
         """Returns the outputs and the last state."""
 
     def last_state(self, key: Tensor, value: Tensor, power: int = 1) -> Tensor:
-        """Returns the last state alone, from zero."""
+        """Returns the last state alone, from zero.
+
+        Args:
+            key, value, power: As those of a call.
+
+        Returns:
+            The state, of shape `(..., d, dv)`.
+        """
 
 
 class Operator(abc.ABC):
@@ -57,10 +64,26 @@ class Operator(abc.ABC):
 
     @abc.abstractmethod
     def state_shapes(self, key_heads: int, query_heads: int, d: int, dv: int) -> StateShapes:
-        """The shapes `(heads, rows, columns)` of the states, in order."""
+        """The shapes of the states.
+
+        Args:
+            key_heads, query_heads: Numbers of heads.
+            d: Size of each query and key head.
+            dv: Size of each value head.
+
+        Returns:
+            A tuple of shapes `(heads, rows, columns)`, in the order of `state_names`.
+        """
 
     def segment_shapes(self, key_heads: int, query_heads: int, d: int, dv: int) -> SegmentShapes:
-        """The shapes `(heads, rows, columns)` of what `segment_names` names, where known."""
+        """The shapes of what `segment_names` names.
+
+        Args:
+            key_heads, query_heads, d, dv: As those of `state_shapes`.
+
+        Returns:
+            A tuple of shapes `(heads, rows, columns)`, with `None` for what is not known.
+        """
         return ()
 
     @abc.abstractmethod
@@ -115,8 +138,15 @@ class Operator(abc.ABC):
     def summarize(self, scan: Scan, query: Tensor, key: Tensor, value: Tensor) -> State:
         """What a segment hands on: its last states, from zero, and what `segment_names` names.
 
-        Arguments as those of `chain`; `scan.last_state(key, value, power)` gives
-        a sum alone.
+        Args:
+            scan, query, key, value: As those of `chain`. `scan.last_state(key, value, power)`
+                gives a sum alone.
+
+        Returns:
+            A tuple of tensors.
+
+        Raises:
+            ValueError: if the segments of the operator do not compose.
         """
         raise ValueError(f"The segments of {type(self).__name__} do not compose.")
 
@@ -126,15 +156,38 @@ class Operator(abc.ABC):
         Args:
             left, right: tuples as `summarize` returns them.
             decay: `ρ`, the product of the decays of `right`, shape `(..., 1, 1)`.
+
+        Returns:
+            A tuple as `summarize` returns it.
+
+        Raises:
+            ValueError: if the segments of the operator do not compose.
         """
         raise ValueError(f"The segments of {type(self).__name__} do not compose.")
 
     def composes_with(self, other: Operator) -> bool:
-        """Whether segments of this operator and of another one compose."""
+        """Whether segments of this operator and of another one compose.
+
+        Args:
+            other: An `Operator`.
+
+        Returns:
+            A boolean.
+        """
         return self == other
 
     def with_options(self, masked: bool, ridge: float) -> Operator:
-        """This operator with options of the paper, where it has them: see `get`."""
+        """This operator with options of the paper.
+
+        Args:
+            masked, ridge: As those of `get`.
+
+        Returns:
+            An `Operator`.
+
+        Raises:
+            ValueError: if the operator does not have the options.
+        """
         raise ValueError(
             f"Operator {type(self).__name__} knows neither `masked=False` nor a `ridge`. "
             f"Received: masked={masked}, ridge={ridge}"
@@ -142,15 +195,38 @@ class Operator(abc.ABC):
 
 
 def outer(row: Tensor, column: Tensor) -> Tensor:
-    """`r cᵀ`, shape `(..., d, dv)`."""
+    """The outer product `r cᵀ`.
+
+    Args:
+        row: `r`, of shape `(..., d)`.
+        column: `c`, of shape `(..., dv)`.
+
+    Returns:
+        Tensor of shape `(..., d, dv)`.
+    """
     return row[..., :, None] * column[..., None, :]
 
 
 def read(matrix: Tensor, vector: Tensor) -> Tensor:
-    """`xᵀ M`, shape `(..., dv)`."""
+    """What a vector reads off a state: `xᵀ M`.
+
+    Args:
+        matrix: `M`, of shape `(..., d, dv)`.
+        vector: `x`, of shape `(..., d)`.
+
+    Returns:
+        Tensor of shape `(..., dv)`.
+    """
     return (vector[..., None, :] @ matrix)[..., 0, :]
 
 
 def scores(query: Tensor, key: Tensor) -> Tensor:
-    """`Q Kᵀ`, shape `(..., n, n)`."""
+    """The products of all queries with all keys, `Q Kᵀ`.
+
+    Args:
+        query, key: Of shape `(..., n, d)`.
+
+    Returns:
+        Tensor of shape `(..., n, n)`.
+    """
     return query @ ops.swapaxes(key, -1, -2)

@@ -86,7 +86,17 @@ def register(name: str, operator: Operator) -> None:
 
 
 def name_of(operator: Operator) -> str:
-    """The name under which an operator is known, or raises `ValueError`."""
+    """Returns the name under which an operator is registered.
+
+    Args:
+        operator: An `Operator`.
+
+    Returns:
+        The name, which `get` takes.
+
+    Raises:
+        ValueError: if it is not registered.
+    """
     for name, known in _OPERATORS.items():
         if known == operator:
             return name

@@ -18,7 +18,7 @@ from keras_hla.types import Tensor
 
 
 class SchedulerFullError(RuntimeError):
-    """As many sessions wait for a row as may: try again later."""
+    """Too many sessions wait for a row: try again later."""
 
 
 class Scheduler:
@@ -44,6 +44,9 @@ class Scheduler:
             it leaves its row to others. It waits for a row again when half of
             them have been taken.
         patience: Seconds after which such a session is cancelled, or `None`.
+
+    Raises:
+        ValueError: if an argument is not among its allowed values.
 
     Example:
 
@@ -134,7 +137,17 @@ class Scheduler:
         return self._add(Session(drawing, generator, max_new_tokens, unread, states, keep))
 
     def suspend(self, session: Session) -> SavedSession:
-        """Ends a session, and returns what `resume` needs to go on with it."""
+        """Ends a session, and returns what `resume` needs to go on with it.
+
+        Args:
+            session: Session of this scheduler that has not ended.
+
+        Returns:
+            The `SavedSession`. Its tokens that have not been taken stay with `session`.
+
+        Raises:
+            ValueError: if the session has ended.
+        """
         if session.status == "ended":
             raise ValueError(
                 "Argument `session` must not have ended: it did, with the reason "
@@ -149,6 +162,9 @@ class Scheduler:
             saved: What `suspend` returned, maybe in another process.
             keep: As in `submit`.
 
+        Returns:
+            The new session, which waits for a row.
+
         Raises:
             ValueError: if it is of another model, or had written all its tokens.
             SchedulerFullError: if too many sessions wait.
@@ -160,7 +176,11 @@ class Scheduler:
         return self._add(session)
 
     def cancel(self, session: Session) -> None:
-        """Ends a session, if it has not ended."""
+        """Ends a session, if it has not ended.
+
+        Args:
+            session: Session of this scheduler.
+        """
         if session.status != "ended":
             self._end(session, "cancelled")
 

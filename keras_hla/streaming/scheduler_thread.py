@@ -62,12 +62,25 @@ class SchedulerThread:
         Raises:
             ValueError: if an argument is not among its allowed values.
             SchedulerFullError: if too many sessions wait.
-            RuntimeError: if it is closed.
+            RuntimeError: if the thread is closed.
         """
         return self._add(lambda: self._scheduler.submit(prompt, max_new_tokens, **options))
 
     def resume(self, saved: SavedSession, keep: bool = False) -> "TokenStream":
-        """Adds a session that was suspended, as `Scheduler.resume` does."""
+        """Adds a session that was suspended, as `Scheduler.resume` does.
+
+        Args:
+            saved: What `suspend` returned, maybe in another process.
+            keep: As in `Scheduler.submit`.
+
+        Returns:
+            The stream of the tokens that the session writes from now on.
+
+        Raises:
+            ValueError: if it is of another model, or had written all its tokens.
+            SchedulerFullError: if too many sessions wait.
+            RuntimeError: if the thread is closed.
+        """
         return self._add(lambda: self._scheduler.resume(saved, keep))
 
     def close(self) -> None:
@@ -169,7 +182,15 @@ class TokenStream:
         self._thread._cancel(self.session)
 
     def suspend(self) -> SavedSession:
-        """Ends the session, and returns what `resume` needs to go on with it."""
+        """Ends the session, and returns what `resume` needs to go on with it.
+
+        Returns:
+            The `SavedSession`.
+
+        Raises:
+            ValueError: if the session has ended.
+            RuntimeError: if the thread is closed.
+        """
         thread = self._thread
         end = thread._scheduler.suspend
         return thread._call(lambda: thread._end(self.session, end)).result()
@@ -214,7 +235,7 @@ class TokenStream:
 
 
 class _News:
-    """What a consumer waits for: in its thread, or in its loop of asyncio."""
+    """What a consumer waits for: in its thread, or in its event loop of asyncio."""
 
     def __init__(self):
         self.event = threading.Event()

@@ -41,7 +41,11 @@ class SavedSession:
         self.drawing = drawing
 
     def save(self, path: StrPath) -> None:
-        """Writes a file, by `numpy.savez`."""
+        """Writes a file, by `numpy.savez`.
+
+        Args:
+            path: The file. It gets no other suffix.
+        """
         about = {"fingerprint": self.fingerprint, "drawing": self.drawing}
         text = json.dumps(about, default=lambda number: number.item())  # of NumPy
         arrays: Any = {f"state/{name}": x for name, x in self.states.items()}
@@ -50,7 +54,17 @@ class SavedSession:
 
     @classmethod
     def load(cls, path: StrPath) -> "SavedSession":
-        """Returns what `save` wrote."""
+        """Returns what `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The `SavedSession`.
+
+        Raises:
+            ValueError: if `save` did not write the file.
+        """
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
@@ -63,7 +77,14 @@ class SavedSession:
         return cls(states, unread, **about)
 
     def check(self, reader: TokenReader) -> None:
-        """Raises a `ValueError` unless these are states of the model that the reader has."""
+        """Checks that these are states of the model that a reader has.
+
+        Args:
+            reader: The `TokenReader` that is to go on with them.
+
+        Raises:
+            ValueError: if they are of another model.
+        """
         if self.fingerprint != reader.fingerprint:
             raise ValueError(
                 "A session goes on with the model that it was written with: the weights, the "
@@ -114,6 +135,9 @@ class Session:
         """Returns the tokens that were written since the last call.
 
         Another thread than that of `Scheduler.step` may call it.
+
+        Returns:
+            The list of tokens.
         """
         taken = []
         while self._tokens:

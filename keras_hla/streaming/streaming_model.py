@@ -70,7 +70,14 @@ class StreamingModel(keras.Model):
         return [name for name in self.output if name in self.input]
 
     def initial_state(self, batch_size: int) -> dict[str, Tensor]:
-        """Returns the states before the first token, by name: zeros."""
+        """Returns the states before the first token.
+
+        Args:
+            batch_size: Number of rows of the batch.
+
+        Returns:
+            Dictionary from the names of the states to tensors of zeros.
+        """
         states = {name: self.input[name] for name in self.state_names}
         return {name: ops.zeros((batch_size, *x.shape[1:]), x.dtype) for name, x in states.items()}
 

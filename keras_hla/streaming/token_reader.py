@@ -57,42 +57,89 @@ class TokenReader(abc.ABC):
 
     @abc.abstractmethod
     def read(self, tokens: np.ndarray, mask: np.ndarray, states: Any) -> Any:
-        """Returns the states after a piece.
+        """Reads a piece in each row.
 
         Args:
             tokens: int32 array of shape `(batch, length)`.
             mask: Boolean array of the same shape, true for unmasked tokens.
             states: The states before the piece.
+
+        Returns:
+            The states after it.
         """
 
     @abc.abstractmethod
     def put(self, batch: Any, row: int, states: Any) -> Any:
-        """Returns the states of a batch, with those of a batch of one in place of a row's."""
+        """Replaces the states of one row of a batch.
+
+        Args:
+            batch: The states of the batch.
+            row: Index of the row.
+            states: The new states of the row, as a batch of one.
+
+        Returns:
+            The states of the batch with the new ones.
+        """
 
     @abc.abstractmethod
     def take(self, batch: Any, row: int) -> Any:
-        """Returns the states of a row, as a batch of one."""
+        """Reads the states of one row off those of a batch.
+
+        Args:
+            batch: The states of the batch.
+            row: Index of the row.
+
+        Returns:
+            The states of the row, as a batch of one.
+        """
 
     @abc.abstractmethod
     def to_host(self, states: Any) -> dict[str, np.ndarray]:
-        """Returns states as arrays, of dtypes that NumPy has."""
+        """Returns states as arrays.
+
+        Args:
+            states: Dictionary of tensors.
+
+        Returns:
+            Dictionary of arrays, of dtypes that NumPy has.
+        """
 
     @abc.abstractmethod
     def from_host(self, arrays: Mapping[str, np.ndarray]) -> Any:
-        """Returns states from arrays."""
+        """Returns states from arrays.
+
+        Args:
+            arrays: Dictionary of arrays, as `to_host` returns it.
+
+        Returns:
+            Dictionary of tensors, of the dtypes that the model takes.
+        """
 
     def initial_state(self, batch_size: int) -> dict[str, np.ndarray]:
-        """Returns the states before the first token, as arrays."""
+        """Returns the states before the first token.
+
+        Args:
+            batch_size: Number of rows of the batch.
+
+        Returns:
+            Dictionary of arrays of zeros.
+        """
         return {
             name: np.zeros((batch_size, *shape), "float32" if dtype == "bfloat16" else dtype)
             for name, (shape, dtype) in self.states.items()
         }
 
     def start(self, inputs: dict[str, Tensor] | None = None) -> dict[str, np.ndarray]:
-        """Returns the states of a new session, with its further inputs, as arrays.
+        """Returns the states of a new session, with its further inputs.
 
         Args:
             inputs: Dictionary of the further inputs, without the batch axis.
+
+        Returns:
+            Dictionary of arrays, for a batch of one.
+
+        Raises:
+            ValueError: if inputs are missing, not known, or of another shape.
         """
         states = self.initial_state(1)
         for name, x in check_input_names(inputs, self.inputs).items():
