@@ -23,6 +23,9 @@ def pytest_configure(config):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # JAX compiles for most of the time here; the README's code is run without this.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if config.getoption("--backend") == "jax":  # TensorFlow, too, compiles what JAX has exported
+        flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        os.environ.setdefault("XLA_FLAGS", flags)
     if not hasattr(config, "workerinput"):  # what one process of the run compiles, all can load
         cache = tempfile.TemporaryDirectory(prefix="jax_cache_", ignore_cleanup_errors=True)
         config.add_cleanup(cache.cleanup)

@@ -15,7 +15,8 @@ def run_python(*arguments, backend=None, optimize=False, folder=ROOT):
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if optimize:
-        environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+        for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):
+            environment.pop(name, None)
     if backend is not None:
         environment["KERAS_BACKEND"] = backend
     result = subprocess.run(

@@ -86,6 +86,10 @@ def test_inputs_called_like_unnamed_ones_are_refused():
         streaming_model(keras.Model(inputs, layers.HLA(2, 4)(sum(inputs))))
 
 
+@pytest.mark.skipif(
+    keras.config.backend() != "torch",
+    reason="the command is the same, and test_interchange.py loads files of each backend",
+)
 def test_the_export_of_the_readme(tmp_path):
     tokens = keras.Input((None,), dtype="int32")
     x = layers.HLA(num_heads=2, key_dim=4)(keras.layers.Embedding(9, 8)(tokens))

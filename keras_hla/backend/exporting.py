@@ -23,6 +23,7 @@ def export_options(specs, sequences):
         "jax2tf_kwargs": {
             "polymorphic_shapes": [{name: symbols(name, x.shape) for name, x in specs.items()}],
             "native_serialization_platforms": ("cpu", "cuda"),
+            "with_gradient": False,  # or TensorFlow writes the backward pass of each function, too
         }
     }
 

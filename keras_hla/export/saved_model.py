@@ -37,7 +37,7 @@ def export_saved_model(model: keras.Model, path: StrPath, stateful: bool = False
 
     Args:
         model: Model that `keras_hla.streaming_model` takes, under TensorFlow or
-            JAX. From JAX, the file runs on CPUs and on CUDA.
+            JAX. From JAX, the file runs on CPUs and on CUDA, and has no gradients.
         path: Folder to write.
         stateful: Whether the SavedModel keeps the states itself, for a single
             session of batch size 1. Its signatures are `serving_default`, `step`,
