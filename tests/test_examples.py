@@ -30,7 +30,7 @@ def test_char_lm(tmp_path):
     output = run_python(
         "examples/char_lm.py",
         *("--backend", BACKEND),
-        *("--text", text, "--steps", 12, "--length", 32, "--output", tmp_path / "out"),
+        *("--text", text, "--steps", 2, "--length", 32, "--output", tmp_path / "out"),
     )
     for shown in ("held-out bits per character", "order 0", "order 3", "bytes", "in pieces"):
         assert shown in output
