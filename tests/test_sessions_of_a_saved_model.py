@@ -14,12 +14,12 @@ from keras_hla.streaming import SavedSession, Scheduler
 
 VOCABULARY = 40
 SESSIONS = 64
-STEPS = 2000
+STEPS = 1000
 THREADS = 4
 # Of few shapes, since what JAX wrote is compiled again for each.
 BATCHES = (1, 4, 12)
 WIDTHS = (1, 8)
-MEAN_LENGTH = 550
+MEAN_LENGTH = 275
 
 
 @pytest.fixture(scope="module")
