@@ -216,6 +216,8 @@ def main():
     except (OSError, ValueError) as error:
         parser.error(str(error))
     compile_steps(scheduler)
+    address = f"http://{arguments.host}:{arguments.port}"
+    print(f"Serving {arguments.model} at {address}. Stop with Ctrl+C.", flush=True)
     known = sessions.Conversations(arguments.sessions, arguments.expire, arguments.store, reader)
     uvicorn.run(
         make_app(SchedulerThread(scheduler), characters, known, arguments.model.stem),
