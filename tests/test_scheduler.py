@@ -450,7 +450,7 @@ def test_asyncio(reader, alone):
 
 
 def test_streams_end_as_they_are_told_to(reader, alone):
-    thread = SchedulerThread(Scheduler(reader, rows=2, max_waiting=1, piece_length=PIECE))
+    thread = SchedulerThread(Scheduler(reader, rows=2, max_waiting=2, piece_length=PIECE))
     cancelled, suspended = (thread.submit([1], 10**6, seed=0) for _ in range(2))
     begun = [next(suspended) for _ in range(3)]
     saved = suspended.suspend()
