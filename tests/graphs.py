@@ -5,6 +5,22 @@ import threading
 import torch
 
 
+def replayed_calls(monkeypatch, module, recording):
+    """The list of the recordings, of that class of a module, that calls replay."""
+    if not torch.cuda.is_available():
+        pool = Pool()
+        monkeypatch.setattr(module, "pool_of", lambda device: pool)
+        monkeypatch.setattr(module, "can_capture", lambda device: True)
+    replayed, call = [], recording.__call__
+
+    def replay(self, *arguments):
+        replayed.append(self)
+        return call(self, *arguments)
+
+    monkeypatch.setattr(recording, "__call__", replay)
+    return replayed
+
+
 class Again:
     """Stands for a CUDA graph: calls a function again, with its results in the same tensors."""
 

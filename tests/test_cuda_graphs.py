@@ -1,7 +1,7 @@
 """Layers recorded as CUDA graphs; without a GPU as functions that are called again."""
 
 from family import PLAIN
-from graphs import Pool
+from graphs import replayed_calls
 import keras
 import numpy as np
 import pytest
@@ -23,18 +23,7 @@ OPTIONS = {
 @pytest.fixture
 def replayed(monkeypatch):
     """The list of the recordings that calls replay."""
-    if not torch.cuda.is_available():
-        pool = Pool()
-        monkeypatch.setattr(recordings, "pool_of", lambda device: pool)
-        monkeypatch.setattr(recordings, "can_capture", lambda device: True)
-    replayed, call = [], recordings.Recording.__call__
-
-    def replay(self, tensors):
-        replayed.append(self)
-        return call(self, tensors)
-
-    monkeypatch.setattr(recordings.Recording, "__call__", replay)
-    return replayed
+    return replayed_calls(monkeypatch, recordings, recordings.Recording)
 
 
 def make(name="little", **others):

@@ -1,6 +1,6 @@
 """Loops recorded as CUDA graphs; without a GPU as functions that are called again."""
 
-from graphs import Pool
+from graphs import replayed_calls
 import keras
 from keras import ops
 import numpy as np
@@ -15,18 +15,7 @@ from keras_hla.backend.compiling import compiled_scan
 @pytest.fixture
 def replayed(monkeypatch):
     """The list of the recordings that calls replay."""
-    if not torch.cuda.is_available():
-        pool = Pool()
-        monkeypatch.setattr(torch_loop_graph, "pool_of", lambda device: pool)
-        monkeypatch.setattr(torch_loop_graph, "can_capture", lambda device: True)
-    replayed, call = [], torch_loop_graph.LoopRecording.__call__
-
-    def replay(self, *arguments):
-        replayed.append(self)
-        return call(self, *arguments)
-
-    monkeypatch.setattr(torch_loop_graph.LoopRecording, "__call__", replay)
-    return replayed
+    return replayed_calls(monkeypatch, torch_loop_graph, torch_loop_graph.LoopRecording)
 
 
 @pytest.fixture
