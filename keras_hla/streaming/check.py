@@ -137,7 +137,7 @@ def _is_known(operation):
     """Whether it is known that a layer streams: if it is made of known layers and activations."""
     if type(operation) not in _KNOWN:
         return False
-    parts = operation._flatten_layers()
+    parts = _parts(operation)
     kinds = {type(x) for x in parts} | {type(x.operator) for x in parts if hasattr(x, "operator")}
     names = "activation", "feature_map", "conv_activation", "output_gate"
     functions = {getattr(x, name, None) for x in parts for name in names} - {None}
