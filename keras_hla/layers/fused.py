@@ -29,16 +29,11 @@ def why_not_fused(cell, denses):
         cell: an `HLACell`.
         denses: the projections, those of the cell and what is computed together with it.
     """
-    activations = cell.conv_activation, cell.output_gate
     more = [dense.path for dense in denses if not is_plain(dense, cell)]
     obstacles = (
         (keras.config.backend() != "torch", "the backend compiles whole layers"),
         (is_torch_compiling(), "PyTorch compiles the layer"),
-        (cell.feature_map is not None, "there is a feature map"),
-        (
-            any(x not in (None, keras.activations.silu) for x in activations),
-            "there is an activation that is not 'silu'",
-        ),
+        *outside_of_kernels(cell),
         (bool(more), f"layers {more} are more than a product and a bias in the dtype of the layer"),
         (
             cell.query_dense.kernel.shape[0] > norm.LARGEST,
@@ -47,6 +42,18 @@ def why_not_fused(cell, denses):
         (cell.compute_dtype == "float16", "float16 overflows between stages"),
     )
     return next((reason for found, reason in obstacles if found), None)
+
+
+def outside_of_kernels(cell):
+    """Pairs: whether a cell computes what no kernel of stages does, and what that is."""
+    activations = cell.conv_activation, cell.output_gate
+    return (
+        (cell.feature_map is not None, "there is a feature map"),
+        (
+            any(x not in (None, keras.activations.silu) for x in activations),
+            "there is an activation that is not 'silu'",
+        ),
+    )
 
 
 def is_plain(dense, cell):

@@ -33,9 +33,13 @@ def mix(layer, states, sequences, mask, starts, return_state, shard=None):
         return whole(states, **inputs)
     if shard is not None:  # each pass is of all devices, so that there is no cutting it
         return recomputed(whole, weights, shard.devices)(states, **inputs)
-    if states is None:
-        states = layer.get_initial_state(ops.shape(sequences)[0])
+    states = _or_initial(layer, states, sequences)
     return scan_rematerialized(part, states, inputs, layer.remat_length, weights)
+
+
+def _or_initial(layer, states, sequences):
+    """The states, or those before the first token."""
+    return layer.get_initial_state(ops.shape(sequences)[0]) if states is None else states
 
 
 def is_rematerialized(layer, sequences):
@@ -49,8 +53,7 @@ def _mix_part(layer, states, sequences, mask=None, starts=None, return_state=Tru
     cell, segmented = layer.cell, starts is not None
     implementation, _ = layer.implementation_for(sequences, segmented)
     if implementation == "triton" and is_single_token(sequences):
-        if states is None:
-            states = layer.get_initial_state(ops.shape(sequences)[0])
+        states = _or_initial(layer, states, sequences)
         output, states = token.mix(layer, states, sequences, mask)
         return output, tuple(states) if return_state else ()
     fused, zero = stages.are_fused(implementation), None
@@ -58,8 +61,7 @@ def _mix_part(layer, states, sequences, mask=None, starts=None, return_state=Tru
     if fused and layer.why_not_fused(sequences, states, mask, segmented) is None:
         sequences = ops.cast(sequences, layer.compute_dtype)
         if return_state or states is not None:
-            if states is None:
-                states = layer.get_initial_state(ops.shape(sequences)[0])
+            states = _or_initial(layer, states, sequences)
             output, states = fused_layers.mix_with_states(layer, states, sequences, starts)
             return output, tuple(states) if return_state else ()
         if devices is None or sequences.shape[1] > 0:

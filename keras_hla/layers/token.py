@@ -3,14 +3,13 @@
 It is what `HLACell` computes, for inference.
 """
 
-import keras
 from keras import ops
 
 from keras_hla import kernels
 from keras_hla.backend.tensors import constant, may_have_gradients
 from keras_hla.inputs import arrange_log_decay
 from keras_hla.kernels.choice import choose_token
-from keras_hla.layers.fused import is_plain
+from keras_hla.layers.fused import is_plain, outside_of_kernels
 from keras_hla.layers.state_scope import current_state_scope
 from keras_hla.precision import exchanged_dtype
 from keras_hla.scan import least_log_decay
@@ -28,8 +27,6 @@ def choose(layer, sequences, segmented):
 
 def _why_not(layer, segmented):
     """Why a kernel cannot compute a token, or `None` if it can."""
-    cell = layer.cell
-    activations = cell.conv_activation, cell.output_gate
     obstacles = (
         (not layer.causal, "a layer with causal=False has no states"),
         (segmented, "there are segments"),
@@ -38,12 +35,8 @@ def _why_not(layer, segmented):
             may_have_gradients(current_state_scope() is not None),
             "the kernel of a token has no gradients",
         ),
-        (cell.feature_map is not None, "there is a feature map"),
-        (cell.normalize, "the kernel of a token does not divide by a sum"),
-        (
-            any(x not in (None, keras.activations.silu) for x in activations),
-            "there is an activation that is not 'silu'",
-        ),
+        (layer.cell.normalize, "the kernel of a token does not divide by a sum"),
+        *outside_of_kernels(layer.cell),
     )
     return next((reason for found, reason in obstacles if found), None)
 
