@@ -130,9 +130,10 @@ def of_attention(arguments):
     from keras import ops
 
     from benchmarks.cached_attention import CachedModel
+    from keras_hla.layers import HLADecoderBlock
 
     width = 64 * arguments.heads
-    hidden = -(-8 * width // (3 * 64)) * 64
+    hidden = HLADecoderBlock(arguments.heads, 64).mlp_size(width)
     model = CachedModel(VOCABULARY, width, arguments.heads, hidden, arguments.blocks)
     for batch in arguments.batches:
         for context in arguments.contexts:
